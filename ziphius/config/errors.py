@@ -1,0 +1,13 @@
+"""The two ways a command ends badly, and what the terminal says about each."""
+
+
+class ZiphiusError(Exception):
+    """A failure told in one line: what went wrong, where, and what to do. Exit code 1."""
+
+    exit_code = 1
+
+
+class BadInput(ZiphiusError):
+    """The caller's input cannot be used: nothing was written or lost. Exit code 2."""
+
+    exit_code = 2

@@ -1,0 +1,1 @@
+"""From text to batches: sources, tokenizer, loader. Nothing here sees a process group."""

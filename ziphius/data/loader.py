@@ -1,0 +1,203 @@
+"""From documents to batches: an endless stream that can stop and resume at any batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from ziphius.config.errors import BadInput
+from ziphius.data.corpus import Document
+from ziphius.data.tokenizer import BOS_ID, EOS_ID, plain_text_tokenizer
+
+IGNORED_TARGET = -100
+
+Progress = Callable[[int, int], None]
+
+_ENCODE_AT_ONCE = 64
+
+
+class Loader:
+    """Batches of token ids for training.
+
+    Every document becomes BOS, its tokens, EOS. An epoch is all documents one after the other, in
+    an order that depends on the seed, the epoch and the documents' names alone; epochs follow one
+    another without end. The stream is cut into rows of ``sequence_length + 1`` tokens that share
+    their border token, so every token but the very first is a target exactly once an epoch.
+    Attention crosses document borders, as in the report's pre-training (facts 6.2).
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        tokenizer: Tokenizer,
+        *,
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Encode all documents now; ``on_progress`` gets (documents done, documents in all).
+
+        Raises BadInput when there is no document.
+        """
+        if not documents:
+            raise BadInput("data: no documents to train on: give data.source more text")
+        ordered = sorted(documents, key=lambda document: (document.name, document.text))
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.seed = seed
+        self._names = [document.name for document in ordered]
+        self._pieces = encode(ordered, tokenizer, on_progress)
+        self._position = 0
+        self._epochs: dict[int, NDArray[np.int32]] = {}
+        self.tokens_per_epoch = sum(len(piece) for piece in self._pieces)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next batch begins in, from 0."""
+        return self._position // self.tokens_per_epoch
+
+    def next_batch(self) -> torch.Tensor:
+        """Return the next ``[B, T+1]`` int64 token ids, on the CPU.
+
+        ``[:, :-1]`` are the inputs and ``[:, 1:]`` the targets.
+        """
+        rows, length = self.batch_size, self.sequence_length
+        stream = self._read(self._position, rows * length + 1)
+        self._position += rows * length
+        batch = np.lib.stride_tricks.sliding_window_view(stream, length + 1)[::length]
+        return torch.from_numpy(batch.astype(np.int64))
+
+    def state(self) -> dict[str, int]:
+        """Return where the stream stands, and what it is a stream of."""
+        return {"position": self._position, **self._identity()}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        """Continue where ``state`` was taken. The batch's shape may differ from then.
+
+        Raises BadInput for the state of a stream with another text, tokenizer or seed.
+        """
+        expected = self._identity()
+        if {"position", *expected} - state.keys():
+            raise BadInput("loader state: not complete: resume from another checkpoint")
+        differing = [key for key, value in expected.items() if state[key] != value]
+        if differing:
+            raise BadInput(
+                f"loader state: {', '.join(differing)} differs from this run's: resume with the "
+                "text, the tokenizer and the seed that the run began with"
+            )
+        self._position = int(state["position"])
+
+    def _identity(self) -> dict[str, int]:
+        digest = hashlib.sha256()
+        for name, piece in zip(self._names, self._pieces, strict=True):
+            digest.update(_name_bytes(name) + b"\0")
+            digest.update(piece.astype("<i4").tobytes())
+        return {
+            "seed": self.seed,
+            "tokens_per_epoch": self.tokens_per_epoch,
+            "fingerprint": int.from_bytes(digest.digest()[:6], "big"),  # exact in any JSON reader
+        }
+
+    def _read(self, start: int, count: int) -> NDArray[np.int32]:
+        parts = []
+        while count:
+            epoch, offset = divmod(start, self.tokens_per_epoch)
+            part = self._epoch_tokens(epoch)[offset : offset + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return np.concatenate(parts)
+
+    def _epoch_tokens(self, epoch: int) -> NDArray[np.int32]:
+        if epoch not in self._epochs:
+            order = sorted(range(len(self._names)), key=lambda i: self._key(epoch, i))
+            # A batch on a border needs two epochs, and never an older one.
+            self._epochs = {e: t for e, t in self._epochs.items() if e == epoch - 1}
+            self._epochs[epoch] = np.concatenate([self._pieces[i] for i in order])
+        return self._epochs[epoch]
+
+    def _key(self, epoch: int, index: int) -> bytes:
+        text = f"{self.seed}/{epoch}/".encode() + _name_bytes(self._names[index])
+        return hashlib.sha256(text).digest()
+
+
+@dataclass(frozen=True)
+class HeldoutRows:
+    """Held-out text as rows. All int64, on the CPU.
+
+    ``targets_MT[m, t]`` follows ``tokens_MT[m, t]``. The last row is filled with EOS inputs whose
+    targets are ``IGNORED_TARGET``. ``bytes`` counts the text's UTF-8 bytes.
+    """
+
+    tokens_MT: torch.Tensor
+    targets_MT: torch.Tensor
+    bytes: int
+
+
+def heldout_rows(
+    documents: Sequence[Document], tokenizer: Tokenizer, sequence_length: int, max_bytes: int
+) -> HeldoutRows:
+    """Cut the documents of ``select_heldout`` into rows; every token but the first is a target.
+
+    Each document is BOS, its tokens, EOS. Raises BadInput when there is no document.
+    """
+    chosen = select_heldout(documents, max_bytes)
+    stream = np.concatenate(encode(chosen, tokenizer)).astype(np.int64)
+    targets = len(stream) - 1
+    rows = -(-targets // sequence_length)
+    tokens_MT = np.full(rows * sequence_length, EOS_ID, dtype=np.int64)
+    targets_MT = np.full(rows * sequence_length, IGNORED_TARGET, dtype=np.int64)
+    tokens_MT[:targets] = stream[:-1]
+    targets_MT[:targets] = stream[1:]
+    return HeldoutRows(
+        torch.from_numpy(tokens_MT.reshape(rows, sequence_length)),
+        torch.from_numpy(targets_MT.reshape(rows, sequence_length)),
+        sum(document.size for document in chosen),
+    )
+
+
+def select_heldout(documents: Sequence[Document], max_bytes: int) -> tuple[Document, ...]:
+    """Return the first documents by name that fit in ``max_bytes`` together, at least one.
+
+    A first document that is longer alone is cut at a character. Baselines are to be measured on
+    these same documents. Raises BadInput when there is no document.
+    """
+    ordered = sorted(documents, key=lambda document: (document.name, document.text))
+    if not ordered:
+        raise BadInput("data: no held-out documents to validate on: give data.source more text")
+    chosen, total = [], 0
+    for document in ordered:
+        total += document.size
+        if total > max_bytes:
+            break
+        chosen.append(document)
+    if chosen:
+        return tuple(chosen)
+    first = ordered[0]
+    beginning = first.text.encode()[:max_bytes].decode(errors="ignore") or first.text[:1]
+    return (Document(first.name, beginning),)
+
+
+def encode(
+    documents: Sequence[Document], tokenizer: Tokenizer, on_progress: Progress | None = None
+) -> list[NDArray[np.int32]]:
+    """Return each document as BOS, its tokens, EOS. Control tokens in its text stay text."""
+    plain = plain_text_tokenizer(tokenizer)
+    pieces: list[NDArray[np.int32]] = []
+    for start in range(0, len(documents), _ENCODE_AT_ONCE):
+        texts = [document.text for document in documents[start : start + _ENCODE_AT_ONCE]]
+        for encoding in plain.encode_batch_fast(texts, add_special_tokens=False):
+            pieces.append(np.array([BOS_ID, *encoding.ids, EOS_ID], dtype=np.int32))
+        if on_progress is not None:
+            on_progress(len(pieces), len(documents))
+    return pieces
+
+
+def _name_bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")

@@ -1,0 +1,74 @@
+"""Causal attention in the two forms of MLA: per-head keys and values, or one shared latent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_attention_reference(
+    q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, scale: float
+) -> Tensor:
+    """Attend causally with expanded heads (report eq. 10), the whole score matrix written out.
+
+    ``q`` and ``k`` are ``[B, H, T, d]``, ``v`` is ``[B, H, T, v]``; the result is ``[B, H, T, v]``
+    in the dtype of ``v``. Scores and softmax are at least FP32.
+    """
+    high = torch.promote_types(q_BHTd.dtype, torch.float32)
+    scores_BHTT = (q_BHTd.to(high) @ k_BHTd.to(high).transpose(-1, -2)) * scale
+    T = scores_BHTT.shape[-1]
+    future_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTd.device).triu(1)
+    weights_BHTT = scores_BHTT.masked_fill(future_TT, float("-inf")).softmax(-1)
+    return (weights_BHTT @ v_BHTv.to(high)).to(v_BHTv.dtype)
+
+
+def causal_attention_sdpa(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, scale: float) -> Tensor:
+    """Do the same through torch's fused attention, which never holds the score matrix.
+
+    The fused CPU kernel wants equal widths of keys and values, so the narrower is padded with
+    zeros: they add nothing to a score, and a padded value column is cut off again.
+    """
+    d, v = q_BHTd.shape[-1], v_BHTv.shape[-1]
+    width = max(d, v)
+    if d < width:
+        q_BHTd, k_BHTd = F.pad(q_BHTd, (0, width - d)), F.pad(k_BHTd, (0, width - d))
+    if v < width:
+        v_BHTv = F.pad(v_BHTv, (0, width - v))
+    out = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTv, is_causal=True, scale=scale)
+    return out[..., :v]
+
+
+def latent_attention(
+    q_latent_BTHC: Tensor,
+    q_rope_BTHR: Tensor,
+    latent_BSC: Tensor,
+    k_rope_BSR: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attend over the latent cache with absorbed queries (facts 1.6): one key for all heads.
+
+    The ``T`` queries are the last of the ``S`` cached positions, so query ``t`` sees the keys up
+    to ``S - T + t``. ``scale`` is the expanded form's, of the width nope + rope. The result
+    ``[B, T, H, C]`` has the queries' dtype; scores, softmax and the sum over keys are at least
+    FP32.
+    """
+    high = torch.promote_types(q_latent_BTHC.dtype, torch.float32)
+    latent_BSC, dtype = latent_BSC.to(high), q_latent_BTHC.dtype
+    scores_BHTS = torch.einsum("bthc,bsc->bhts", q_latent_BTHC.to(high), latent_BSC)
+    scores_BHTS += torch.einsum("bthr,bsr->bhts", q_rope_BTHR.to(high), k_rope_BSR.to(high))
+    scores_BHTS *= scale
+    T, S = scores_BHTS.shape[-2:]
+    if T > 1:
+        future_TS = torch.ones(T, S, dtype=torch.bool, device=scores_BHTS.device).triu(S - T + 1)
+        scores_BHTS = scores_BHTS.masked_fill(future_TS, float("-inf"))
+    weights_BHTS = scores_BHTS.softmax(-1)
+    return torch.einsum("bhts,bsc->bthc", weights_BHTS, latent_BSC).to(dtype)
+
+
+VERSIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "reference": causal_attention_reference,
+    "sdpa": causal_attention_sdpa,
+}

@@ -1,0 +1,47 @@
+"""Moving token rows to their experts and back: each is the other's backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u_ND: Tensor, order_M: Tensor, inverse_M: Tensor, K: int) -> Tensor:
+        ctx.save_for_backward(order_M, inverse_M)
+        ctx.K = K
+        return u_ND.index_select(0, order_M.div(K, rounding_mode="floor"))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        order_M, inverse_M = ctx.saved_tensors
+        return unpermute(grads[0], order_M, inverse_M, ctx.K), None, None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_MD: Tensor, order_M: Tensor, inverse_M: Tensor, K: int) -> Tensor:
+        ctx.save_for_backward(order_M, inverse_M)
+        ctx.K = K
+        return rows_MD.index_select(0, inverse_M).unflatten(0, (-1, K)).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        order_M, inverse_M = ctx.saved_tensors
+        return permute(grads[0], order_M, inverse_M, ctx.K), None, None, None
+
+
+def permute(u_ND: Tensor, order_M: Tensor, inverse_M: Tensor, K: int) -> Tensor:
+    """Copy every token's row to its ``K`` places, sorted by expert: ``[N, D]`` to ``[N*K, D]``.
+
+    ``order[m]`` is the flat (token, choice) index that lands in row ``m``; ``inverse`` undoes it.
+    """
+    return _Permute.apply(u_ND, order_M, inverse_M, K)
+
+
+def unpermute(rows_MD: Tensor, order_M: Tensor, inverse_M: Tensor, K: int) -> Tensor:
+    """Sum every token's ``K`` rows in the order of its choices: ``[N*K, D]`` to ``[N, D]``."""
+    return _Unpermute.apply(rows_MD, order_M, inverse_M, K)

@@ -1,0 +1,102 @@
+"""One decoder block, cut into five stages at its communication boundaries (design seam 1).
+
+    attend    norm, MLA, residual, norm, router, local sort
+    dispatch  rows travel to their experts
+    experts   routed experts (the shared one, ``shared``, may fill the time of ``dispatch``)
+    combine   rows travel back and are summed
+    add       residual
+
+The plain forward runs them in order. Overlapped schedules interleave the stages of two
+micro-batches; recomputation and profiling name them. In a dense block dispatch and combine are the
+identity.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ziphius.config.model import ModelConfig
+from ziphius.kernels.select import Kernels
+from ziphius.model.dispatch import Sent
+from ziphius.model.ffn import Dense, FeedForward, MixtureOfExperts, Routed
+from ziphius.model.layers import Device, RMSNorm
+from ziphius.model.mla import MLA, LayerCache
+from ziphius.model.precision import Precision
+from ziphius.model.rope import Rope
+from ziphius.model.router import Routing
+
+
+class Attended(NamedTuple):
+    """What stage ``attend`` leaves to the others."""
+
+    x_BTD: Tensor  # the residual stream
+    u_ND: Tensor  # its norm: the input of the feed-forward half
+    routed: Routed | None
+
+
+class Block(nn.Module):
+    """One pre-norm decoder block: ``x + MLA(norm(x))``, then ``x + FFN(norm(x))`` (facts 1.2)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: Precision,
+        kernels: Kernels,
+        device: Device,
+        *,
+        dense: bool,
+    ) -> None:
+        super().__init__()
+        eps, D = config.rms_norm_eps, config.hidden_size
+        self.input_layernorm = RMSNorm(D, eps, precision, device)
+        self.self_attn = MLA(config, precision, kernels, device)
+        self.post_attention_layernorm = RMSNorm(D, eps, precision, device)
+        feed_forward = Dense if dense else MixtureOfExperts
+        self.mlp: FeedForward = feed_forward(config, precision, kernels, device)
+
+    def forward(
+        self, x_BTD: Tensor, rope: Rope, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """Run the five stages; return the new residual stream and the layer's routing."""
+        attended = self.attend(x_BTD, rope, cache)
+        sent = self.dispatch(attended)
+        shared_ND = self.shared(attended)
+        routed_ND = self.combine(self.experts(sent), sent)
+        routing = attended.routed.routing if attended.routed else None
+        return self.add(attended, routed_ND, shared_ND), routing
+
+    def attend(
+        self,
+        x_BTD: Tensor,
+        rope: Rope,
+        cache: LayerCache | None = None,
+        chosen_NK: Tensor | None = None,
+    ) -> Attended:
+        """Attend, then decide where rows go; ``chosen`` replays an earlier choice of experts."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, cache)
+        u_ND = self.post_attention_layernorm(x_BTD).flatten(0, 1)
+        return Attended(x_BTD, u_ND, self.mlp.route(u_ND, chosen_NK))
+
+    def dispatch(self, attended: Attended) -> Sent | Tensor:
+        """Bring every row to the experts that were chosen for it."""
+        return self.mlp.dispatch(attended.u_ND, attended.routed)
+
+    def shared(self, attended: Attended) -> Tensor | None:
+        """Compute the shared experts, which need nothing from other ranks."""
+        return self.mlp.shared(attended.u_ND)
+
+    def experts(self, sent: Sent | Tensor) -> Tensor:
+        """Compute the experts on the rows that arrived."""
+        return self.mlp.run_experts(sent)
+
+    def combine(self, rows: Tensor, sent: Sent | Tensor) -> Tensor:
+        """Bring the experts' rows back and sum them for every token: ``[N, D]``."""
+        return self.mlp.combine(rows, sent)
+
+    def add(self, attended: Attended, routed_ND: Tensor, shared_ND: Tensor | None) -> Tensor:
+        """Add everything to the residual stream: ``[B, T, D]``."""
+        if shared_ND is not None:
+            routed_ND = routed_ND + shared_ND
+        return attended.x_BTD + routed_ND.view_as(attended.x_BTD)

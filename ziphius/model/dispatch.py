@@ -1,0 +1,72 @@
+"""How token rows reach their experts: an object that the MoE layer is given (design seam 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ziphius.kernels.permute import permute, unpermute
+from ziphius.model.router import Routing, expert_counts
+
+
+@dataclass(frozen=True)
+class LocalSort:
+    """The rows of one rank sorted by expert: the last thing that stage ``attend`` decides.
+
+    ``order[m]`` is the flat (token, choice) index of row ``m``, ``inverse`` its inverse,
+    ``counts`` the int64 ``[E]`` rows of every expert.
+    """
+
+    order_M: Tensor
+    inverse_M: Tensor
+    counts_E: Tensor
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What stage ``dispatch`` delivers: rows sorted by the experts that live here."""
+
+    rows_MD: Tensor
+    gates_M: Tensor
+    counts: list[int]
+    sort: LocalSort
+
+
+def sort_by_expert(routing: Routing, n_experts: int) -> LocalSort:
+    """Sort (token, choice) pairs by expert; equal experts keep the order of their tokens."""
+    flat_M = routing.chosen_NK.flatten()
+    order_M = flat_M.argsort(stable=True)
+    inverse_M = torch.empty_like(order_M)
+    inverse_M[order_M] = torch.arange(len(order_M), device=order_M.device)
+    counts_E = expert_counts(flat_M, n_experts)
+    return LocalSort(order_M, inverse_M, counts_E, routing.chosen_NK.shape[1])
+
+
+class Dispatcher(Protocol):
+    """Takes rows to the experts and sums what comes back. No row is ever dropped."""
+
+    def dispatch(self, u_ND: Tensor, routing: Routing, sort: LocalSort) -> Sent:
+        """Send every token's row to its experts."""
+        ...
+
+    def combine(self, rows_MD: Tensor, sent: Sent) -> Tensor:
+        """Sum every token's expert rows in the order of its choices: ``[N, D]``."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts live in this process: dispatch and combine are two permutations."""
+
+    def dispatch(self, u_ND: Tensor, routing: Routing, sort: LocalSort) -> Sent:
+        """Copy every token's row next to the other rows of its expert."""
+        rows_MD = permute(u_ND, sort.order_M, sort.inverse_M, sort.top_k)
+        gates_M = routing.weights_NK.flatten().index_select(0, sort.order_M)
+        return Sent(rows_MD, gates_M, sort.counts_E.tolist(), sort)
+
+    def combine(self, rows_MD: Tensor, sent: Sent) -> Tensor:
+        """Bring the rows back into the tokens' order and sum them."""
+        return unpermute(rows_MD, sent.sort.order_M, sent.sort.inverse_M, sent.sort.top_k)

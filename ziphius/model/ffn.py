@@ -1,0 +1,125 @@
+"""The two feed-forward halves of a block, dense and mixture of experts, with the same stages."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from ziphius.config.model import ModelConfig
+from ziphius.kernels.select import Kernels
+from ziphius.kernels.swiglu import swiglu
+from ziphius.model.dispatch import Dispatcher, LocalDispatcher, LocalSort, Sent, sort_by_expert
+from ziphius.model.experts import RoutedExperts
+from ziphius.model.layers import Device, Linear
+from ziphius.model.precision import Precision
+from ziphius.model.router import Router, Routing
+
+
+class Routed(NamedTuple):
+    """A mixture's decision for a batch, ready to be dispatched."""
+
+    routing: Routing
+    sort: LocalSort
+
+
+class FeedForward(Protocol):
+    """The stages of a block's second half. ``u`` is the normed input ``[N, D]``."""
+
+    def route(self, u_ND: Tensor, chosen_NK: Tensor | None) -> Routed | None:
+        """Decide where rows go; ``None`` where there is nothing to decide."""
+        ...
+
+    def dispatch(self, u_ND: Tensor, routed: Routed | None) -> Sent | Tensor:
+        """Bring rows to the experts."""
+        ...
+
+    def run_experts(self, sent: Sent | Tensor) -> Tensor:
+        """Compute on the rows that arrived."""
+        ...
+
+    def combine(self, rows: Tensor, sent: Sent | Tensor) -> Tensor:
+        """Bring results back: ``[N, D]``."""
+        ...
+
+    def shared(self, u_ND: Tensor) -> Tensor | None:
+        """Compute what every token gets without routing, if anything."""
+        ...
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` (facts 1.2)."""
+
+    def __init__(self, width: int, inner: int, precision: Precision, device: Device) -> None:
+        super().__init__()
+        self.gate_proj = Linear(width, inner, precision, device)
+        self.up_proj = Linear(width, inner, precision, device)
+        self.down_proj = Linear(inner, width, precision, device)
+
+    def forward(self, u_ND: Tensor) -> Tensor:
+        return self.down_proj(self.activate(self.gate_proj(u_ND), self.up_proj(u_ND)))
+
+    def activate(self, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+        """Apply the gated activation, ``[N, F]``."""
+        return swiglu(gate_NF, up_NF)
+
+
+class Dense(SwiGLU):
+    """A feed-forward layer that every token passes: nothing to route, dispatch or combine."""
+
+    def __init__(
+        self, config: ModelConfig, precision: Precision, kernels: Kernels, device: Device
+    ) -> None:
+        super().__init__(config.hidden_size, config.intermediate_size, precision, device)
+
+    def route(self, u_ND: Tensor, chosen_NK: Tensor | None) -> Routed | None:
+        return None
+
+    def dispatch(self, u_ND: Tensor, routed: Routed | None) -> Sent | Tensor:
+        return u_ND
+
+    def run_experts(self, sent: Sent | Tensor) -> Tensor:
+        assert isinstance(sent, Tensor), "a dense layer computes on the rows themselves"
+        return self(sent)
+
+    def combine(self, rows: Tensor, sent: Sent | Tensor) -> Tensor:
+        return rows
+
+    def shared(self, u_ND: Tensor) -> Tensor | None:
+        return None
+
+
+class MixtureOfExperts(nn.Module):
+    """DeepSeekMoE (report section 2.1.2): routed experts, and shared ones that all tokens pass.
+
+    The shared experts are one SwiGLU of their joint width, neither scaled nor gated.
+    """
+
+    def __init__(
+        self, config: ModelConfig, precision: Precision, kernels: Kernels, device: Device
+    ) -> None:
+        super().__init__()
+        self.n_experts = config.n_routed_experts
+        self.gate = Router(config, precision, device)
+        self.experts = RoutedExperts(config, precision, kernels, device)
+        shared_width = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = SwiGLU(config.hidden_size, shared_width, precision, device)
+        self.dispatcher: Dispatcher = LocalDispatcher()
+
+    def route(self, u_ND: Tensor, chosen_NK: Tensor | None) -> Routed | None:
+        routing = self.gate(u_ND, chosen_NK)
+        return Routed(routing, sort_by_expert(routing, self.n_experts))
+
+    def dispatch(self, u_ND: Tensor, routed: Routed | None) -> Sent | Tensor:
+        assert routed is not None, "a mixture layer dispatches what it has routed"
+        return self.dispatcher.dispatch(u_ND, *routed)
+
+    def run_experts(self, sent: Sent | Tensor) -> Tensor:
+        return self.experts(sent)
+
+    def combine(self, rows: Tensor, sent: Sent | Tensor) -> Tensor:
+        assert isinstance(sent, Sent), "a mixture layer combines what it has dispatched"
+        return self.dispatcher.combine(rows, sent)
+
+    def shared(self, u_ND: Tensor) -> Tensor | None:
+        return self.shared_experts(u_ND)

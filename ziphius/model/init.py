@@ -1,0 +1,40 @@
+"""Every initial value, in one table; each depends only on the seed and the weight's name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ziphius.model.transformer import Transformer
+from ziphius.model.weights import ROUTING_BIAS, named_weights
+
+
+def initialise(model: Transformer, seed: int) -> None:
+    """Set every weight of a model in place (facts 1.2).
+
+    Norm gains start at 1, routing biases at 0, everything else at N(0, std^2) with the config's
+    ``init_std``. The draw is FP32 on the CPU, so any dtype, device and sharding starts from the
+    same numbers.
+    """
+    std = model.config.init_std
+    with torch.no_grad():
+        for name, tensor in named_weights(model):
+            tensor.copy_(_rule(name)(name, tensor, std, seed))
+
+
+def _rule(name: str) -> Callable[[str, Tensor, float, int], Tensor]:
+    """The initialisation table: what the name ends in decides."""
+    if name.endswith(ROUTING_BIAS):
+        return lambda name, like, std, seed: torch.zeros(like.shape)
+    if name.endswith(("norm.weight", "layernorm.weight")):
+        return lambda name, like, std, seed: torch.ones(like.shape)
+    return lambda name, like, std, seed: _normal(name, like.shape, seed) * std
+
+
+def _normal(name: str, shape: torch.Size, seed: int) -> Tensor:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(shape, generator=generator, dtype=torch.float32)

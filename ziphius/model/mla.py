@@ -1,0 +1,135 @@
+"""Multi-head latent attention in its two forms (report section 2.1.1; facts 1.3, 1.6).
+
+*Expanded*, for training: keys and values of every head are computed from the latent.
+*Absorbed*, over the latent cache: the up-projections move to the query and to the output, so that
+all heads share one key, the latent itself. Both compute the same function.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ziphius.config.model import ModelConfig
+from ziphius.kernels import attention
+from ziphius.kernels.attention import latent_attention
+from ziphius.kernels.select import Kernels
+from ziphius.model.layers import Device, Linear, RMSNorm
+from ziphius.model.precision import Precision
+from ziphius.model.rope import Rope, rotate, softmax_scale
+
+# The norms on the latents have this eps in the published code and in transformers, whatever the
+# config's rms_norm_eps says (facts 1.2 gives the same value for both).
+LATENT_NORM_EPS = 1e-6
+
+
+class LayerCache(Protocol):
+    """What one layer keeps of the past."""
+
+    def append(self, latent_BTC: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the new positions; return all ``S`` kept ones, ``[B, S, C]`` and ``[B, S, R]``."""
+        ...
+
+
+class Projected(NamedTuple):
+    """What decoding's attention core needs of the new tokens."""
+
+    q_nope_BTHn: Tensor
+    q_rope_BTHR: Tensor
+    latent_BTC: Tensor
+    k_rope_BTR: Tensor
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention, without the block's norm and residual."""
+
+    def __init__(
+        self, config: ModelConfig, precision: Precision, kernels: Kernels, device: Device
+    ) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.v, self.latent = config.v_head_dim, config.kv_lora_rank
+        self.scale = softmax_scale(config)
+        self.attention = attention.VERSIONS[kernels.attention]
+        H, D, Q = self.heads, config.hidden_size, config.q_lora_rank
+        q_out = H * config.qk_head_dim
+
+        def norm(width: int) -> RMSNorm:
+            return RMSNorm(width, LATENT_NORM_EPS, precision, device)
+
+        if Q is None:
+            self.q_proj = Linear(D, q_out, precision, device)
+        else:
+            self.q_a_proj = Linear(D, Q, precision, device)
+            self.q_a_layernorm = norm(Q)
+            self.q_b_proj = Linear(Q, q_out, precision, device)
+        self.kv_a_proj_with_mqa = Linear(D, self.latent + self.rope, precision, device)
+        self.kv_a_layernorm = norm(self.latent)
+        self.kv_b_proj = Linear(self.latent, H * (self.nope + self.v), precision, device)
+        self.o_proj = Linear(H * self.v, D, precision, device)
+
+    def forward(self, x_BTD: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
+        """Attend causally; ``x`` is normed ``[B, T, D]``, the result has its shape.
+
+        Without a cache the expanded form runs on the ``T`` tokens alone. With one the tokens
+        follow what it holds, and the absorbed form runs over everything.
+        """
+        if cache is not None:
+            return self.core(self.project(x_BTD, rope), cache)
+        q_BHTd, k_BHTd, v_BHTv = self.expand(*self.compress(x_BTD), rope)
+        out_BHTv = self.attention(q_BHTd, k_BHTd, v_BHTv, self.scale)
+        return self.o_proj(out_BHTv.transpose(1, 2).flatten(-2))
+
+    def project(self, x_BTD: Tensor, rope: Rope) -> Projected:
+        """Compute the queries of new tokens, and the latent and rotary key to cache (eq. 1-9)."""
+        q_BTQ, kv_BTc = self.compress(x_BTD)
+        return Projected(*self.queries(q_BTQ, rope), *self.latents(kv_BTc, rope))
+
+    def core(self, new: Projected, cache: LayerCache) -> Tensor:
+        """Attend in the absorbed form over the cache, which takes up the new tokens first."""
+        latent_BSC, k_rope_BSR = cache.append(new.latent_BTC, new.k_rope_BTR)
+        weight_HoC = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).to(new.latent_BTC.dtype)
+        up_k_HnC, up_v_HvC = weight_HoC.split((self.nope, self.v), dim=1)
+        q_latent_BTHC = torch.einsum("bthn,hnc->bthc", new.q_nope_BTHn, up_k_HnC)
+        z_BTHC = latent_attention(
+            q_latent_BTHC, new.q_rope_BTHR, latent_BSC, k_rope_BSR, self.scale
+        )
+        out_BTHv = torch.einsum("bthc,hvc->bthv", z_BTHC, up_v_HvC)
+        return self.o_proj(out_BTHv.flatten(-2))
+
+    def compress(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Down-project to the query latent (or to whole queries, without one) and to latent and
+        rotary key side by side; nothing is normed yet.
+        """
+        query = self.q_a_proj if hasattr(self, "q_a_proj") else self.q_proj
+        return query(x_BTD), self.kv_a_proj_with_mqa(x_BTD)
+
+    def queries(self, q_BTQ: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Up-project to the heads' queries: ``[B, T, H, nope]``, and rotated ``[B, T, H, R]``."""
+        if hasattr(self, "q_b_proj"):
+            q_BTQ = self.q_b_proj(self.q_a_layernorm(q_BTQ))
+        q_BTHd = q_BTQ.unflatten(-1, (self.heads, -1))
+        q_nope_BTHn, q_rope_BTHR = q_BTHd.split((self.nope, self.rope), dim=-1)
+        return q_nope_BTHn, rotate(q_rope_BTHR, rope)
+
+    def latents(self, kv_BTc: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Norm the latent ``[B, T, C]`` and rotate the key that all heads share ``[B, T, R]``.
+
+        The rotary key goes round the norm (facts 13.5).
+        """
+        latent_BTC, k_rope_BTR = kv_BTc.split((self.latent, self.rope), dim=-1)
+        k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), rope).squeeze(2)
+        return self.kv_a_layernorm(latent_BTC), k_rope_BTR
+
+    def expand(self, q_BTQ: Tensor, kv_BTc: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute queries, keys and values of every head, each ``[B, H, T, width]`` (eq. 1-9)."""
+        q_BTHd = torch.cat(self.queries(q_BTQ, rope), dim=-1)
+        latent_BTC, k_rope_BTR = self.latents(kv_BTc, rope)
+        kv_BTHo = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1))
+        k_nope_BTHn, v_BTHv = kv_BTHo.split((self.nope, self.v), dim=-1)
+        k_rope_BTHR = k_rope_BTR.unsqueeze(2).expand(-1, -1, self.heads, -1)
+        k_BTHd = torch.cat((k_nope_BTHn, k_rope_BTHR), dim=-1)
+        return q_BTHd.transpose(1, 2), k_BTHd.transpose(1, 2), v_BTHv.transpose(1, 2)

@@ -1,0 +1,42 @@
+"""Multi-token prediction: a module a depth, sharing embedding and head (report section 2.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ziphius.config.model import ModelConfig
+from ziphius.kernels.select import Kernels
+from ziphius.model.block import Block
+from ziphius.model.layers import Device, Linear, RMSNorm
+from ziphius.model.mla import LayerCache
+from ziphius.model.precision import Precision
+from ziphius.model.rope import Rope
+from ziphius.model.router import Routing
+
+
+class MTPModule(nn.Module):
+    """``h^k = TRM(M [norm(Emb(t_{i+k})) ; norm(h^{k-1}_i)])`` (eq. 21-22).
+
+    The embedding comes first in the concatenation, as the released weights have it and against
+    the order of eq. 21 (facts 3.2). ``norm`` stands before the shared output head; the next depth
+    takes ``h^k`` without it.
+    """
+
+    def __init__(
+        self, config: ModelConfig, precision: Precision, kernels: Kernels, device: Device
+    ) -> None:
+        super().__init__()
+        eps, D = config.rms_norm_eps, config.hidden_size
+        self.enorm = RMSNorm(D, eps, precision, device)
+        self.hnorm = RMSNorm(D, eps, precision, device)
+        self.eh_proj = Linear(2 * D, D, precision, device)
+        self.block = Block(config, precision, kernels, device, dense=False)
+        self.norm = RMSNorm(D, eps, precision, device)
+
+    def forward(
+        self, h_BTD: Tensor, embedded_BTD: Tensor, rope: Rope, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """Go one depth on: ``h`` of position i meets the embedding of token i + k."""
+        joined = torch.cat((self.enorm(embedded_BTD), self.hnorm(h_BTD)), dim=-1)
+        return self.block(self.eh_proj(joined), rope, cache)

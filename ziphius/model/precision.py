@@ -1,0 +1,61 @@
+"""Which arithmetic each kind of module uses: the one table of the precision seam.
+
+The report keeps embedding, output head, router, norms and the attention core out of FP8
+(section 3.3; facts 4.1). "FP32" here means at least FP32: a float64 model stays float64 throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Kind = Literal["linear", "embedding", "head", "attention", "norm", "router"]
+
+# "compute" follows precision.compute; "high" is at least FP32 whatever it says.
+PRECISION_TABLE: dict[Kind, Literal["compute", "high"]] = {
+    "linear": "compute",
+    "embedding": "compute",
+    "head": "compute",  # the loss on top of it is at least FP32
+    "attention": "compute",  # the softmax inside is at least FP32
+    "norm": "high",
+    "router": "high",  # and the routing bias, which is stored in FP32 however a file has it
+}
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """``compute``: dtype of products, activations and the residual stream. ``storage``: weights.
+
+    Training stores at least FP32 master weights and casts them where they are used; a model that
+    only answers stores what it computes in.
+    """
+
+    compute: torch.dtype = torch.float32
+    storage: torch.dtype = torch.float32
+
+    @property
+    def high(self) -> torch.dtype:
+        """The dtype of the parts that never go below FP32."""
+        return torch.promote_types(self.compute, torch.float32)
+
+    def dtype(self, kind: Kind) -> torch.dtype:
+        """The arithmetic of one kind of module."""
+        return self.compute if PRECISION_TABLE[kind] == "compute" else self.high
+
+    @classmethod
+    def for_training(cls, compute: torch.dtype) -> Precision:
+        """Master weights of at least FP32 under products in ``compute``."""
+        return cls(compute=compute, storage=torch.promote_types(compute, torch.float32))
+
+    @classmethod
+    def for_inference(cls, dtype: torch.dtype) -> Precision:
+        """Weights stored in the dtype they are used in."""
+        return cls(compute=dtype, storage=dtype)

@@ -1,0 +1,109 @@
+"""Which experts a token goes to, with which weight, and their balance (report section 2.1.2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ziphius.config.model import ModelConfig
+from ziphius.model.layers import Device
+from ziphius.model.precision import Precision
+
+# Keeps the normalisation finite when every chosen score underflows (facts 1.7, step 7).
+NORM_EPS = 1e-20
+
+
+class Routing(NamedTuple):
+    """One layer's decision for ``N`` tokens."""
+
+    chosen_NK: Tensor  # int64 expert ids
+    weights_NK: Tensor  # gate values, normalised and scaled, in the order of the ids
+    scores_NE: Tensor  # unbiased sigmoid affinities
+
+
+def choose(scores_NE: Tensor, bias_E: Tensor, top_k: int, n_group: int, topk_group: int) -> Tensor:
+    """Choose ``top_k`` experts a token among those of its best groups: int64 ``[N, K]``.
+
+    The bias takes part here and nowhere else (eq. 16). A group's score is the sum of its two best
+    biased scores; experts of other groups are out of the question, hence minus infinity and not
+    zero, which a negative biased score would lose to (facts 1.7, 13.2).
+    """
+    biased_NE = scores_NE + bias_E
+    if n_group > 1:
+        grouped_NGe = biased_NE.unflatten(-1, (n_group, -1))
+        group_scores_NG = grouped_NGe.topk(2, dim=-1).values.sum(-1)
+        kept_NG = group_scores_NG.topk(topk_group, dim=-1).indices
+        excluded_NG = torch.ones_like(group_scores_NG, dtype=torch.bool).scatter(1, kept_NG, False)
+        biased_NE = grouped_NGe.masked_fill(excluded_NG.unsqueeze(-1), float("-inf")).flatten(-2)
+    return biased_NE.topk(top_k, dim=-1).indices
+
+
+def gate(scores_NE: Tensor, chosen_NK: Tensor, *, normalise: bool, scale: float) -> Tensor:
+    """Weigh the chosen experts by their unbiased scores (eq. 13-15), times the routed scale."""
+    weights_NK = scores_NE.gather(1, chosen_NK)
+    if normalise:
+        weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + NORM_EPS)
+    return weights_NK * scale
+
+
+class Router(nn.Module):
+    """Sigmoid affinities in at least FP32, and the bias that balances without a loss.
+
+    The bias is no parameter: it has no gradient, no optimizer touches it, and it is FP32 however a
+    file stored it. ``training/balance.py`` moves it by the sign rule.
+    """
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig, precision: Precision, device: Device) -> None:
+        super().__init__()
+        E, D = config.n_routed_experts, config.hidden_size
+        self.top_k = config.num_experts_per_tok
+        self.n_group, self.topk_group = config.n_group, config.topk_group
+        self.normalise = config.norm_topk_prob
+        self.scale = config.routed_scaling_factor
+        self.dtype = precision.dtype("router")
+        self.weight = nn.Parameter(torch.empty(E, D, dtype=precision.storage, device=device))
+        self.register_buffer(
+            "e_score_correction_bias", torch.empty(E, dtype=torch.float32, device=device)
+        )
+
+    def forward(self, u_ND: Tensor, chosen_NK: Tensor | None = None) -> Routing:
+        """Route normed tokens ``[N, D]``. Given ``chosen``, replay that choice."""
+        scores_NE = F.linear(u_ND.to(self.dtype), self.weight.to(self.dtype)).sigmoid()
+        if chosen_NK is None:
+            with torch.no_grad():
+                chosen_NK = choose(
+                    scores_NE,
+                    self.e_score_correction_bias,
+                    self.top_k,
+                    self.n_group,
+                    self.topk_group,
+                )
+        weights_NK = gate(scores_NE, chosen_NK, normalise=self.normalise, scale=self.scale)
+        return Routing(chosen_NK, weights_NK, scores_NE)
+
+
+def expert_counts(chosen_NK: Tensor, n_experts: int) -> Tensor:
+    """Count the tokens of every expert: int64 ``[E]``, exact at any size."""
+    return torch.bincount(chosen_NK.flatten(), minlength=n_experts)
+
+
+def sequence_balance(scores_BTE: Tensor, top_k: int, chosen_BTK: Tensor | None = None) -> Tensor:
+    """Compute ``sum_i f_i P_i`` for every sequence (eq. 17-20, without alpha): ``[B]``.
+
+    ``f`` counts the top ``top_k`` of the unbiased scores, as the report writes it, or the real
+    choices when they are given; it has no gradient. Perfect balance gives 1.
+    """
+    _, T, E = scores_BTE.shape
+    if chosen_BTK is None:
+        chosen_BTK = scores_BTE.detach().topk(top_k, dim=-1).indices
+    hits_BE = scores_BTE.new_zeros(scores_BTE.shape[0], E)
+    flat = chosen_BTK.flatten(1)
+    hits_BE.scatter_add_(1, flat, torch.ones_like(flat, dtype=hits_BE.dtype))
+    f_BE = hits_BE * (E / (top_k * T))
+    P_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
+    return (f_BE * P_BE).sum(-1)

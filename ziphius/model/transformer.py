@@ -1,0 +1,132 @@
+"""The whole network: embedding, blocks, final norm, head, and the MTP modules behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from ziphius.config.model import ModelConfig
+from ziphius.kernels.select import Kernels
+from ziphius.model.block import Block
+from ziphius.model.layers import Device, Embedding, Linear, RMSNorm
+from ziphius.model.mla import LayerCache
+from ziphius.model.mtp import MTPModule
+from ziphius.model.precision import Precision
+from ziphius.model.rope import Rope, rope_at
+from ziphius.model.router import Routing
+
+
+class Cache(Protocol):
+    """The past of a batch of sequences, one part a layer."""
+
+    @property
+    def length(self) -> int:
+        """Positions that are kept already."""
+        ...
+
+    def layer(self, index: int) -> LayerCache:
+        """Return the part of one layer, by its global index."""
+        ...
+
+
+class BlockPlace(NamedTuple):
+    """A block and where it stands. MTP modules continue the main layers' numbers."""
+
+    layer: int
+    mtp_depth: int
+    block: Block
+
+
+class Features(NamedTuple):
+    """What training needs of a forward pass."""
+
+    hidden_BTD: Tensor  # after the final norm: input of the head
+    mtp_hidden: list[Tensor]  # depth k at k - 1: [B, T - k, D], normed for the shared head
+    routings: dict[int, Routing]  # by global layer index, MTP blocks included
+
+
+class Transformer(nn.Module):
+    """A DeepSeek-V3 network (report section 2)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: Precision | None = None,
+        *,
+        kernels: Kernels | None = None,
+        device: Device = None,
+    ) -> None:
+        """Lay out a network whose weights are still undefined: initialise or load them next."""
+        super().__init__()
+        precision = precision or Precision()
+        kernels = kernels or Kernels()
+        self.config, self.precision, self.kernels = config, precision, kernels
+        V, D, L = config.vocab_size, config.hidden_size, config.num_hidden_layers
+        self.embed_tokens = Embedding(V, D, precision, device)
+        blocks = [
+            Block(config, precision, kernels, device, dense=i < config.first_k_dense_replace)
+            for i in range(L)
+        ]
+        self.layers = cast("Sequence[Block]", nn.ModuleList(blocks))
+        self.norm = RMSNorm(D, config.rms_norm_eps, precision, device)
+        self.lm_head = Linear(D, V, precision, device, kind="head")
+        modules = [
+            MTPModule(config, precision, kernels, device)
+            for _ in range(config.num_nextn_predict_layers)
+        ]
+        self.mtp = cast("Sequence[MTPModule]", nn.ModuleList(modules))
+
+    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        """Compute logits ``[B, T, V]`` for token ids ``[B, T]``.
+
+        With a cache the tokens follow what it holds, and it takes them up. The logits have the
+        compute dtype.
+        """
+        hidden_BTD, _ = self.trunk(tokens_BT, cache)
+        return self.lm_head(hidden_BTD)
+
+    def trunk(
+        self, tokens_BT: Tensor, cache: Cache | None = None
+    ) -> tuple[Tensor, dict[int, Routing]]:
+        """Run the main layers; return the final normed hidden state and every layer's routing."""
+        rope = self.rope(tokens_BT, start=cache.length if cache else 0)
+        x_BTD = self.embed_tokens(tokens_BT)
+        routings = {}
+        for index, block in enumerate(self.layers):
+            x_BTD, routing = block(x_BTD, rope, cache.layer(index) if cache else None)
+            if routing is not None:
+                routings[index] = routing
+        return self.norm(x_BTD), routings
+
+    def features(self, tokens_BS: Tensor) -> Features:
+        """Run everything for training on rows of T + 1 tokens: inputs, and one last target.
+
+        Depth k meets token i + k, so it has T - k positions (eq. 21-24). Depth 1 starts from the
+        hidden state after the final norm, as serving engines do (facts 3.1).
+        """
+        T = tokens_BS.shape[1] - 1
+        hidden_BTD, routings = self.trunk(tokens_BS[:, :T])
+        h_BTD, mtp_hidden = hidden_BTD, []
+        for k, module in enumerate(self.mtp, start=1):
+            embedded_BTD = self.embed_tokens(tokens_BS[:, k:T])
+            rope = self.rope(embedded_BTD)
+            h_BTD, routing = module(h_BTD[:, : T - k], embedded_BTD, rope)
+            mtp_hidden.append(module.norm(h_BTD))
+            routings[len(self.layers) + k - 1] = routing
+        return Features(hidden_BTD, mtp_hidden, routings)
+
+    def rope(self, tokens_BT: Tensor, start: int = 0) -> Rope:
+        """Compute the rotary tables for the positions of ``[B, T, ...]``, counted from start."""
+        end = start + tokens_BT.shape[1]
+        positions_T = torch.arange(start, end, device=tokens_BT.device)
+        return rope_at(self.config, positions_T, self.precision.high)
+
+    def blocks(self) -> Iterator[BlockPlace]:
+        """Yield every block this process holds with its place, MTP blocks included."""
+        for index, block in enumerate(self.layers):
+            yield BlockPlace(index, 0, block)
+        for depth, module in enumerate(self.mtp, start=1):
+            yield BlockPlace(len(self.layers) + depth - 1, depth, module.block)
