@@ -63,13 +63,15 @@ class NgramModel:
             raise BadInput(f"n-gram order {order}: use an order from 1 to {MAX_ORDER}")
         self.order = order
         self._tables: list[_Table] = []
-        occurrences = _pack(text, order)
-        for n in range(order, 0, -1):
+        highest = min(order, len(text))  # a shorter text has no n-grams of the orders above
+        occurrences = _pack(text, highest)
+        for n in range(highest, 0, -1):
             grams, counts = _count(occurrences)
             self._tables.insert(0, _table(grams, counts))
-            # Each distinct n-gram says once which (n-1)-gram its first byte came before.
-            occurrences = grams & np.uint64((1 << 8 * (n - 1)) - 1)
-        # A text shorter than the order has no n-gram of it; those tables stay out of the way.
+            # Each distinct n-gram says once which (n-1)-gram its first byte came before. The
+            # text's first n bytes are one too, though nothing before them may have counted them.
+            distinct = np.union1d(grams, _pack(text[:n], n))
+            occurrences = distinct & np.uint64((1 << 8 * (n - 1)) - 1)
 
     def bits_per_byte(self, text: bytes) -> float:
         """Return the mean of -log2 p(byte | the bytes before it in ``text``).
@@ -111,7 +113,7 @@ def _count(occurrences: Grams) -> tuple[Grams, NDArray[np.int64]]:
 
 def _starts(ordered: Grams) -> NDArray[np.int64]:
     """Return where each run of equal values begins."""
-    return np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)])
+    return np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
 
 
 def _table(grams: Grams, counts: NDArray[np.int64]) -> _Table:
@@ -119,8 +121,8 @@ def _table(grams: Grams, counts: NDArray[np.int64]) -> _Table:
     starts = _starts(contexts)
     sizes = np.diff(starts, append=len(grams))
     discounts = _discounts(counts)[np.minimum(counts, 3)]
-    totals = np.add.reduceat(counts, starts) if len(starts) else np.zeros(0)
-    freed = np.add.reduceat(discounts, starts) if len(starts) else np.zeros(0)
+    totals = np.add.reduceat(counts, starts)
+    freed = np.add.reduceat(discounts, starts)
     direct = (counts - discounts) / np.repeat(totals, sizes)
     return _Table(grams, direct, contexts[starts], freed / totals)
 
@@ -142,16 +144,12 @@ def _interpolate(table: _Table, grams: Grams, below: Floats) -> Floats:
     """
     context, seen = _find(table.contexts, grams >> _BYTE)
     gram, hit = _find(table.grams, grams)
-    if not seen.any():
-        return below
     direct = np.where(hit, table.direct[gram], 0.0)
     return np.where(seen, direct + table.backoff[context] * below, below)
 
 
 def _find(ordered: Grams, wanted: Grams) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Return the place of each wanted value, and whether it is there."""
-    if not len(ordered):
-        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.bool_)
     places = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
     return places, ordered[places] == wanted
 

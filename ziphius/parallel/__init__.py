@@ -1,0 +1,1 @@
+"""Parallelism and its kin, applied to the model from outside."""

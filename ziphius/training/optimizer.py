@@ -1,0 +1,66 @@
+"""AdamW with BF16 moments over FP32 master weights (report section 3.3; facts 4.1, 6.3).
+
+torch's AdamW keeps moments in the dtype of the weights; the report keeps them in BF16, and that is
+why this one exists. With ``moments="float32"`` it computes what torch's does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ziphius.config.pretrain import PretrainConfig
+
+_MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class AdamW:
+    """Decoupled weight decay on matrices; vectors (norm gains) decay in no recipe of ours.
+
+    The arithmetic is in the weights' dtype; only what is kept between steps is rounded to the
+    moments' dtype. Moments of float64 weights stay float64 unless they are BF16.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], config: PretrainConfig) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.config = config
+        self.steps = 0
+        moments = _MOMENT_DTYPES[config.moments]
+
+        def zeros(p: Tensor) -> Tensor:
+            dtype = moments if moments == torch.bfloat16 else torch.promote_types(p.dtype, moments)
+            return torch.zeros_like(p, dtype=dtype)
+
+        self.first = [zeros(p) for p in self.parameters]
+        self.second = [zeros(p) for p in self.parameters]
+
+    def clip(self) -> float:
+        """Scale the gradients to the global norm of the recipe; return the norm before."""
+        return nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm).item()
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """Apply the gradients and drop them."""
+        self.steps += 1
+        c = self.config
+        correction1 = 1 - c.beta1**self.steps
+        correction2 = 1 - c.beta2**self.steps
+        for p, m_kept, v_kept in zip(self.parameters, self.first, self.second, strict=True):
+            if p.grad is None:
+                continue
+            m = m_kept.to(p.dtype).lerp_(p.grad, 1 - c.beta1)
+            v = v_kept.to(p.dtype).mul_(c.beta2).addcmul_(p.grad, p.grad, value=1 - c.beta2)
+            m_kept.copy_(m)
+            v_kept.copy_(v)
+            if p.ndim > 1:
+                p.mul_(1 - learning_rate * c.weight_decay)
+            denominator = v.div_(correction2).sqrt_().add_(c.adam_eps)
+            p.addcdiv_(m, denominator, value=-learning_rate / correction1)
+            p.grad = None
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs: the step count and both moments of every parameter."""
+        return {"steps": self.steps, "first": self.first, "second": self.second}
