@@ -2,7 +2,7 @@
 
 Importing the package does no work and brings no heavy library; a name is loaded when it is used:
 
-    load(path, dtype=..., device=...)   a checkpoint as a module: token ids [B, T] to logits [B, T, V]
+    load(path, dtype=..., device=...)   a checkpoint as a module: ids [B, T] to logits [B, T, V]
     save(model, path)                   a model as a Hugging Face checkpoint
     convert(source, target, to=...)     a checkpoint in another form
     load_recipe(name_or_path)           a recipe, checked

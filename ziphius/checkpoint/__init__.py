@@ -1,0 +1,1 @@
+"""Names and bytes: the Hugging Face layout, in and out."""

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from ziphius.checkpoint.fp8 import BLOCK
 from ziphius.config.errors import BadInput
 from ziphius.config.model import ModelConfig, Yarn
 from ziphius.config.table import build
@@ -22,7 +23,6 @@ from ziphius.config.table import build
 CONFIG_FILE = "config.json"
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
-QUANTIZATION_BLOCK = (128, 128)
 
 # The network has these properties built in. transformers does not write all of them, so that a
 # key may be absent; other engines choose their code by them, so that all are written.
@@ -152,11 +152,10 @@ def quantization_block(
         return None
     if not isinstance(scheme, dict):
         _refuse(where, "quantization_config", scheme, "a table with quant_method 'fp8', or null")
-    rows, columns = QUANTIZATION_BLOCK
     supported: dict[str, tuple[Any, ...]] = {
         "quant_method": ("fp8",),
         "fmt": ("e4m3", None),
-        "weight_block_size": ([rows, columns],),
+        "weight_block_size": (list(BLOCK),),
         "activation_scheme": ("dynamic", None),
         "scale_fmt": (None, "ue8m0"),
     }
@@ -164,7 +163,7 @@ def quantization_block(
         if scheme.get(key) not in choices:
             names = " or ".join(json.dumps(choice) for choice in choices)
             _refuse(where, f"quantization_config.{key}", scheme.get(key), names)
-    return QUANTIZATION_BLOCK
+    return BLOCK
 
 
 def stored_dtype(raw: Mapping[str, Any], *, where: str = CONFIG_FILE) -> torch.dtype:

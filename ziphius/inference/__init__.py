@@ -1,0 +1,1 @@
+"""The same model, answering: latent cache, sampler, generation."""

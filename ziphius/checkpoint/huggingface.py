@@ -1,0 +1,204 @@
+"""A model from a Hugging Face directory, and a Hugging Face directory from a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ziphius.checkpoint import keys
+from ziphius.checkpoint.config_json import (
+    CONFIG_FILE,
+    config_json,
+    quantization_block,
+    raw_config,
+    read_config,
+    stored_dtype,
+)
+from ziphius.checkpoint.files import check_manifest, recover_directory, replace_directory
+from ziphius.checkpoint.fp8 import SCALE_SUFFIX, dequantize_blocks, is_quantized
+from ziphius.checkpoint.shards import MAX_SHARD_BYTES, ShardReader, write_shards
+from ziphius.config.errors import BadInput
+from ziphius.config.model import ModelConfig
+from ziphius.config.table import nearest
+from ziphius.model.precision import DTYPES, Precision
+from ziphius.model.transformer import Transformer
+from ziphius.model.weights import ROUTING_BIAS, named_weights
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def load(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    mtp: bool = True,
+    verify: bool = True,
+) -> Transformer:
+    """Read a checkpoint as a module in evaluation mode: token ids ``[B, T]`` to ``[B, T, V]``.
+
+    ``path`` is a Hugging Face folder or a run folder. ``dtype`` is what weights are stored and
+    computed in, by default what the config says; routing biases are FP32 all the same. FP8 weights
+    are dequantised. ``mtp=False`` leaves MTP modules out, present or not. ``verify`` compares the
+    files with their checksums, where there is a manifest.
+
+    Raises BadInput for a checkpoint of another architecture, missing, unused or misshapen tensors,
+    and damaged files.
+    """
+    folder = checkpoint_folder(Path(path))
+    raw, config = raw_config(folder), read_config(folder)
+    check_manifest(folder, checksums=verify)
+    if not mtp:
+        config = config.model_copy(update={"num_nextn_predict_layers": 0})
+    _check_vocabulary(folder, config)
+    precision = Precision.for_inference(as_dtype(dtype) if dtype else stored_dtype(raw))
+    with ShardReader(folder) as reader:
+        reading = WeightReader(reader, config, quantization_block(raw))
+        reading.require_complete(skip_mtp=not mtp)
+        model = Transformer(config, precision, device="meta").to_empty(device=device)
+        for name, weight in named_weights(model):
+            weight.copy_(reading.read(name, torch.promote_types(weight.dtype, torch.float32)))
+        reading.require_equal_copies()
+    return model.eval()
+
+
+def save(
+    model: Transformer,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model as a Hugging Face directory that transformers opens without remote code.
+
+    Weights are written as they are stored, or as ``dtype``; routing biases are FP32 all the same.
+    The directory appears whole or not at all. Tokenizer and other files of an older checkpoint in
+    its place stay. Raises BadInput when it cannot be written; an older checkpoint is untouched.
+    """
+    target = as_dtype(dtype) if dtype else model.precision.storage
+    with replace_directory(Path(path)) as folder:
+        write_model(model, folder, target, max_shard_bytes)
+
+
+def write_model(
+    model: Transformer, folder: Path, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write config and weights into a folder that ``replace_directory`` gave."""
+    settings = config_json(model.config, dtype=dtype)
+    write_json(folder / CONFIG_FILE, settings)
+    generation = {"_from_model_config": True}
+    generation |= {key: settings[key] for key in ("bos_token_id", "eos_token_id")}
+    write_json(folder / "generation_config.json", generation)
+    write_shards(folder, exported(model, dtype), max_shard_bytes=max_shard_bytes)
+
+
+def exported(model: Transformer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the checkpoint under its published name, the MTP copies included."""
+    weights = dict(named_weights(model))
+    for name, weight in weights.items():
+        yield name, weight.to(stored_as(name, dtype)).cpu()
+    for copy, original in keys.shared_copies(model.config).items():
+        yield copy, weights[original].to(dtype).cpu()
+
+
+def stored_as(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of one tensor in a checkpoint of ``dtype`` (facts 1.9, 13.6)."""
+    return torch.float32 if name.endswith(ROUTING_BIAS) else dtype
+
+
+class WeightReader:
+    """A checkpoint's tensors, dequantised and compared with its config."""
+
+    def __init__(
+        self, reader: ShardReader, config: ModelConfig, block: tuple[int, int] | None
+    ) -> None:
+        self.reader, self.config, self.block = reader, config, block
+        self.names = reader.names()
+        self.shapes = keys.expected_shapes(config)
+
+    def wanted(self) -> set[str]:
+        """Return the names of all weights, the copies beside MTP modules included."""
+        return set(self.shapes) | set(keys.shared_copies(self.config))
+
+    def require_complete(self, *, skip_mtp: bool) -> keys.Comparison:
+        """Check names and shapes, from the files' headers alone; return the comparison."""
+        found = {n for n in self.names if not (skip_mtp and keys.is_mtp(n, self.config))}
+        comparison = keys.compare(found, self.config)
+        keys.require_complete(comparison, self.config, str(self.reader.folder))
+        for name in self.shapes:
+            keys.require_shape(name, self.reader.shape(name), self.shapes)
+        return comparison
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return one weight, dequantised to ``dtype`` if it is FP8, else as it is stored."""
+        tensor = self.reader.read(name)
+        if not is_quantized(name, self.names):
+            if tensor.dtype == torch.float8_e4m3fn:
+                dequantize_blocks(tensor, None, dtype, name=name)
+            return tensor
+        if self.block is None:
+            raise BadInput(
+                f"{self.reader.folder}: {name} has FP8 scales but config.json has no "
+                "quantization_config: restore the config of the FP8 checkpoint"
+            )
+        scale_inv = self.reader.read(name + SCALE_SUFFIX)
+        return dequantize_blocks(tensor, scale_inv, dtype, self.block, name=name)
+
+    def require_equal_copies(self) -> None:
+        """Check that the copies beside MTP modules are copies: the network has one of each."""
+        for copy, original in keys.shared_copies(self.config).items():
+            if not torch.equal(self.reader.read(copy), self.reader.read(original)):
+                raise BadInput(
+                    f"{self.reader.folder}: {copy} differs from {original}, which it should copy: "
+                    "load without MTP (--without-mtp, or load(..., mtp=False))"
+                )
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """Return the Hugging Face folder that ``path`` means: itself, or a run's final checkpoint."""
+    for folder in (path, path / "checkpoint"):
+        recover_directory(folder)
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    if not path.is_dir():
+        raise BadInput(f"{path}: no such folder: give a Hugging Face folder or a run folder")
+    raise BadInput(f"{path}: no {CONFIG_FILE} there or in its checkpoint/: not a checkpoint")
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return the dtype of a name such as ``bfloat16``; BadInput for others than precision's."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise BadInput(f"dtype '{dtype}' is not supported{nearest(dtype, DTYPES)}")
+    return DTYPES[dtype]
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file the way Hugging Face does: indented, with a newline at the end."""
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+def _check_vocabulary(folder: Path, config: ModelConfig) -> None:
+    """Raise BadInput when the tokenizer beside a model has ids that the model does not know.
+
+    A model may have more rows than the tokenizer has tokens: the published one is padded.
+    """
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        return
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        ids = [*data["model"]["vocab"].values(), *(t["id"] for t in data["added_tokens"])]
+        largest = max(ids)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadInput(f"{path}: not a tokenizer of the tokenizers library: restore it") from None
+    if largest >= config.vocab_size:
+        raise BadInput(
+            f"{folder}: the tokenizer has token ids up to {largest}, the model's vocab_size is "
+            f"{config.vocab_size}: tokenizer and model do not belong together"
+        )

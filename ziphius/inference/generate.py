@@ -1,0 +1,94 @@
+"""Text from a model: prefill, then a token at a time over the latent cache."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+import torch
+from tokenizers import Tokenizer
+
+from ziphius.config.errors import BadInput
+from ziphius.inference.cache import LatentCache
+from ziphius.inference.sampler import SamplingParams, sample
+from ziphius.model.transformer import Transformer
+
+# A byte that does not complete a character decodes to this; more bytes may mend it.
+REPLACEMENT = "\ufffd"
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: Transformer,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    stop_ids: Collection[int] = (),
+    *,
+    cached: bool = True,
+) -> Iterator[int]:
+    """Yield new token ids after ``prompt``, up to ``max_tokens`` or a stop id (not yielded).
+
+    With ``cached=False`` every token computes the whole sequence again in the expanded form; that
+    is the slow specification of the cached, absorbed one. Raises BadInput for an empty prompt, ids
+    outside the vocabulary, and a prompt that fills ``max_position_embeddings``.
+    """
+    room = model.config.max_position_embeddings - len(prompt)
+    _check_prompt(model, prompt, room)
+    device = model.lm_head.weight.device
+    generator = torch.Generator().manual_seed(params.seed)
+    steps = min(params.max_tokens, room)
+    cache = LatentCache(model, batch=1, capacity=len(prompt) + steps) if cached else None
+    ids, fed = list(prompt), 0
+    for _ in range(steps):
+        logits_BTV = model(torch.tensor([ids[fed:]], device=device), cache)
+        fed = len(ids) if cached else 0
+        token = sample(logits_BTV[0, -1], params, generator)
+        if token in stop_ids:
+            return
+        ids.append(token)
+        yield token
+
+
+def generate_text(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    params: SamplingParams,
+    *,
+    first_ids: Sequence[int] = (),
+    stop_ids: Collection[int] = (),
+) -> Iterator[str]:
+    """Yield pieces of text after ``prompt`` as they are generated; joined they are the answer.
+
+    ``first_ids`` (the beginning-of-sentence token) go before the prompt's own tokens.
+    """
+    ids = [*first_ids, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    return stream_decode(tokenizer, generate_tokens(model, ids, params, stop_ids))
+
+
+def stream_decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Yield text as soon as it is final: a piece waits while it ends inside a character."""
+    pending: list[int] = []
+    for token in tokens:
+        pending.append(token)
+        text = tokenizer.decode(pending, skip_special_tokens=False)
+        if not text.endswith(REPLACEMENT):
+            yield text
+            pending = []
+    if pending:
+        yield tokenizer.decode(pending, skip_special_tokens=False)
+
+
+def _check_prompt(model: Transformer, prompt: Sequence[int], room: int) -> None:
+    if not prompt:
+        raise BadInput("the prompt is empty: give at least one token to go on from")
+    largest = max(prompt)
+    if largest >= model.config.vocab_size:
+        raise BadInput(
+            f"token id {largest} is outside the model's vocabulary of {model.config.vocab_size}: "
+            "the tokenizer belongs to another model"
+        )
+    if room < 1:
+        raise BadInput(
+            f"the prompt has {len(prompt)} tokens and the model's context "
+            f"{model.config.max_position_embeddings}: shorten the prompt"
+        )
