@@ -139,9 +139,10 @@ def test_kv_a_proj_has_five_by_fifty_six_scales() -> None:
     assert scale.shape == (5, 56)
     assert scale[4, 55].item() == pytest.approx(w[512:, 7040:].abs().max().item() / 448)
     back = dequantize_blocks(q, scale, torch.bfloat16)
-    block_amax = (scale * 448).repeat_interleave(128, 0)[:576].repeat_interleave(128, 1)
-    assert ((back.float() - w.float()).abs() <= 0.0725 * block_amax).all()
-    assert ((back.float() - w.float()).abs() <= 0.07 * w.float().abs() + 1e-5 * block_amax).all()
+    scale_of = scale.repeat_interleave(128, 0)[:576].repeat_interleave(128, 1)
+    error, size = (back.float() - w.float()).abs(), w.float().abs()
+    # Half a step of three fraction bits, or of a subnormal; then half a step of bfloat16.
+    assert (error <= torch.maximum(size * 2**-4, scale_of * 2**-10) + size * 2**-8).all()
 
 
 def test_quantize_a_second_time_changes_nothing() -> None:

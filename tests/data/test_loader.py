@@ -103,6 +103,7 @@ def test_order_depends_on_names_alone() -> None:
     length = make().tokens_per_epoch
     base = stream_of(make(), 2 * length)
     assert stream_of(make(DOCUMENTS[::-1]), 2 * length) == base
+    assert make(DOCUMENTS[::-1]).state() == make().state()
     # Without one document, the others keep their relative order.
     fewer = make(DOCUMENTS[1:])
     texts = split_documents(stream_of(fewer, fewer.tokens_per_epoch))

@@ -74,6 +74,7 @@ def pieces(splitter: pre_tokenizers.PreTokenizer, text: str) -> list[str]:
     [
         ("in 2024, 1234567", ["in", " ", "202", "4", ",", " ", "123", "456", "7"]),
         ("看海豚dolphinイルカ", ["看海豚", "dolphin", "イルカ"]),
+        ("a ひら カナ 中文", ["a", " ", "ひら", " ", "カナ", " ", "中文"]),
         ("self.depth_max", ["self", ".depth", "_max"]),
         ("(x) + y", ["(x", ")", " +", " y"]),
         ("one two", ["one", " two"]),

@@ -374,6 +374,10 @@ def _told_in_one_line(target: Path, new: Path) -> Iterator[None]:
     """Turn the failures of a disk into one line that says what the user can do."""
     try:
         yield
+    except ZiphiusError as error:
+        if str(new) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(new), str(target))) from error
     except OSError as error:
         place = str(error.filename or target).replace(str(new), str(target))
         reason = f"{target}: not saved, nothing there was changed: {error.strerror}: {place}"

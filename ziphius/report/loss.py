@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ziphius.config.errors import BadInput
 
-# Okabe and Ito's colours, which differ for every common kind of colour vision.
+# Colours of Okabe and Ito and of Tol, which differ for every common kind of colour vision.
 BLUE, ORANGE, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#222222"
 _BASELINE_COLOURS = (GREEN, PURPLE, "#7A6A00", BLACK)
 
@@ -58,6 +58,13 @@ def draw_loss(
     after training. Raises BadInput for a metrics file that is missing, broken or has fewer than
     two steps, naming the file and the line.
     """
+    _save(loss_figure(metrics_path, baselines=baselines, heldout=heldout), output)
+
+
+def loss_figure(
+    metrics_path: Path, *, baselines: Mapping[str, float], heldout: tuple[float, float] | None
+) -> Figure:
+    """Return what ``draw_loss`` draws, before it becomes a file."""
     curve = _read(metrics_path)
     figure = Figure(figsize=(9.6, 5.4), dpi=150, facecolor="white")
     axes = figure.add_axes((0.065, 0.12, 0.7, 0.74))
@@ -67,7 +74,7 @@ def draw_loss(
         labels += _draw_heldout(axes, curve, heldout)
     _limit(axes, curve, [*baselines.values(), *(heldout or ())])
     _write_labels(axes, labels)
-    _save(figure, output)
+    return figure
 
 
 def _read(path: Path) -> _Curve:
@@ -231,7 +238,9 @@ def _spread(wanted: list[float]) -> list[float]:
 
 def _save(figure: Figure, output: Path) -> None:
     picture = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(picture)
+    FigureCanvasAgg(figure)  # becomes the figure's canvas: no window system is asked
+    # Tight, so that a long label widens the picture instead of being cut.
+    figure.savefig(picture, format="png", bbox_inches="tight", pad_inches=0.2)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     temporary.write_bytes(picture.getvalue())

@@ -1,0 +1,60 @@
+# Two commands: `make run` trains and measures a small V3 on this machine, `make test` proves the
+# code. Both set up what they need in .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch>=2.11,<2.14
+# Where PyTorch keeps the builds without CUDA; pip goes on without it where it cannot be reached.
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: run setup test test-setup lint mutations bench clean
+
+run: setup
+	$(BIN)/ziphius quickstart
+
+setup: $(VENV)/.ready
+
+test-setup: $(VENV)/.ready-test
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; name one with make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo "error: no virtual environment could be made; on Debian or Ubuntu: apt install python3-venv"; \
+		  rm -rf $(VENV); exit 2; }
+
+$(VENV)/.torch: $(VENV)/bin/python
+	@echo "installing torch (about 200 MB without CUDA)"
+	@if command -v nvidia-smi >/dev/null 2>&1; then \
+		$(BIN)/pip install --quiet "$(TORCH)"; \
+	else \
+		$(BIN)/pip install --quiet --retries 1 --timeout 20 --extra-index-url $(TORCH_CPU_INDEX) "$(TORCH)" \
+		|| $(BIN)/pip install --quiet "$(TORCH)"; \
+	fi
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml
+	@echo "installing ziphius"
+	@$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	@echo "installing what the tests need"
+	@$(BIN)/pip install --quiet --editable ".[test]"
+	@touch $@
+
+test: test-setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: test-setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Every benchmark prints one JSON object as its last line.
+bench: test-setup
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info

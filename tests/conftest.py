@@ -1,0 +1,27 @@
+"""Settings of the whole suite: few threads, one arithmetic, quiet libraries."""
+
+import os
+
+# Before torch and transformers are imported: the suite runs in several processes on few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+# The same examples on every machine; no example has a deadline, because the cores are shared.
+settings.register_profile("ziphius", derandomize=True, deadline=None)
+settings.load_profile("ziphius")
+
+
+@pytest.fixture(autouse=True)
+def _torch_defaults() -> None:
+    """Start every test from the same global generator and default dtype."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)

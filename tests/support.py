@@ -1,0 +1,159 @@
+"""What the tests share: small configurations, random weights, and a twin in transformers.
+
+Import it as ``from tests.support import tiny_config, random_model, randomise``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ziphius.config.model import ModelConfig
+from ziphius.kernels.select import Kernels
+from ziphius.model.precision import Precision
+from ziphius.model.transformer import Transformer
+from ziphius.model.weights import named_weights
+
+if TYPE_CHECKING:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+F64 = Precision(compute=torch.float64, storage=torch.float64)
+F32 = Precision(compute=torch.float32, storage=torch.float32)
+
+# Every width differs from every other one, so that a swapped pair shows.
+_TINY: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+    "max_position_embeddings": 128,
+    "num_attention_heads": 3,
+    "q_lora_rank": 14,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 7,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 11,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+}
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    """Return a small configuration with every part of V3, with ``changes`` to its fields."""
+    return ModelConfig(**{**_TINY, **changes})
+
+
+@torch.no_grad()
+def randomise(
+    model: Transformer, std: float = 0.2, bias_std: float = 0.3, seed: int = 0
+) -> Transformer:
+    """Fill a model in place so that mistakes show; return it.
+
+    Matrices are N(0, std^2), norm gains 1 + N(0, std^2), routing biases N(0, bias_std^2). The
+    numbers are drawn in float64 in the order of ``named_weights``, the same for every dtype.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in named_weights(model):
+        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        if name.endswith("e_score_correction_bias"):
+            tensor.copy_(drawn * bias_std)
+        elif name.endswith("norm.weight"):
+            tensor.copy_(1 + drawn * std)
+        else:
+            tensor.copy_(drawn * std)
+    return model
+
+
+def random_model(
+    config: ModelConfig | None = None,
+    *,
+    precision: Precision = F32,
+    kernels: Kernels | None = None,
+    seed: int = 0,
+    **changes: Any,
+) -> Transformer:
+    """Build a model with random weights, of ``config`` or of ``tiny_config(**changes)``."""
+    config = config or tiny_config(**changes)
+    return randomise(Transformer(config, precision, kernels=kernels), seed=seed)
+
+
+def random_tokens(
+    config: ModelConfig, batch: int, length: int, *, seed: int = 0, low: int = 0
+) -> Tensor:
+    """Draw token ids, int64 ``[batch, length]``, from ``low`` up to the vocabulary's end."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, config.vocab_size, (batch, length), generator=generator)
+
+
+def hf_config(config: ModelConfig, **changes: Any) -> DeepseekV3Config:
+    """Spell a configuration as transformers does, field by field and not through ``config_json``.
+
+    ``changes`` go to DeepseekV3Config as they are.
+    """
+    from transformers import DeepseekV3Config
+
+    skipped = {"rope_theta", "rope_scaling", "initializer_range", "scoring_func", "topk_method"}
+    fields = {k: v for k, v in config.model_dump().items() if k not in skipped}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        rope |= config.rope_scaling.model_dump() | {"rope_type": "yarn"}
+    return DeepseekV3Config(
+        **fields
+        | {
+            "num_key_value_heads": config.num_attention_heads,
+            "rope_parameters": rope,
+            "dtype": "float32",
+        }
+        | changes
+    )
+
+
+def open_in_transformers(
+    path: Path, dtype: torch.dtype = torch.float32, attention: str = "eager"
+) -> DeepseekV3ForCausalLM:
+    """Open a checkpoint folder with transformers' own class, in evaluation mode.
+
+    Raises AssertionError when a weight is missing, left over (MTP layers excepted, which this class
+    does not run) or of another shape: transformers itself only warns.
+    """
+    from transformers import DeepseekV3ForCausalLM
+
+    model, report = DeepseekV3ForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        attn_implementation=attention,
+        # Its grouped product wants rows that are multiples of 16 bytes.
+        experts_implementation="eager",
+        output_loading_info=True,
+    )
+    layers = model.config.num_hidden_layers
+    left_over = {n for n in report["unexpected_keys"] if _layer(n) < layers}
+    assert not report["missing_keys"], report["missing_keys"]
+    assert not left_over, left_over
+    assert not report["mismatched_keys"], report["mismatched_keys"]
+    return model.eval()
+
+
+def transformers_twin(
+    model: Transformer, path: Path, dtype: torch.dtype = torch.float32
+) -> DeepseekV3ForCausalLM:
+    """Save a model into the folder ``path`` and open it with transformers."""
+    import ziphius
+
+    ziphius.save(model, path)
+    return open_in_transformers(path, dtype)
+
+
+def _layer(name: str) -> int:
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] else -1

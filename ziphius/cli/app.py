@@ -1,0 +1,71 @@
+"""The verbs together, and what every one of them does with an error.
+
+Nothing heavy is imported before a verb runs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ziphius import __version__
+from ziphius.cli.convert import convert
+from ziphius.cli.generate import generate
+from ziphius.cli.inspect import inspect
+from ziphius.cli.pretrain import pretrain
+from ziphius.cli.quickstart import quickstart
+from ziphius.config.errors import ZiphiusError
+
+HELP = (
+    "The DeepSeek-V3 system in one package: train it, open its checkpoints, let it write.\n\n"
+    "Begin with 'ziphius quickstart': it trains a small V3 on this machine in minutes.\n\n"
+    "A RECIPE is a preset (tiny, 16b, 671b) or the path of a TOML file; --set table.key=value "
+    "changes any setting. A CHECKPOINT is a Hugging Face folder or a run folder."
+)
+
+
+def make_app() -> typer.Typer:
+    """Build the command line."""
+    app = typer.Typer(
+        name="ziphius",
+        help=HELP,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    for verb in (quickstart, pretrain, generate, inspect, convert):
+        app.command()(verb)
+    return app
+
+
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"ziphius {__version__}")
+        raise typer.Exit
+
+
+def run() -> None:
+    """Run the command line and leave the process: 0 done, 1 failure, 2 bad input, 130 Ctrl-C."""
+    arguments = sys.argv[1:]
+    try:
+        make_app()(arguments)
+    except ZiphiusError as error:
+        if "--debug" in arguments:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `ziphius generate ... | head`.
+        sys.stderr.close()
+        raise SystemExit(0) from None

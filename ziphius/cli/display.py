@@ -1,0 +1,68 @@
+"""What a person sees while something runs."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Without a terminal a line every so many seconds takes the place of the moving bar.
+_PLAIN_EVERY_SECONDS = 15.0
+
+
+class Display:
+    """Follows a run on the terminal: phases as lines, training as one moving line."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._began = time.monotonic()
+        self._bar: Progress | None = None
+        self._last_plain = 0.0
+
+    def say(self, text: str) -> None:
+        """Print a phase with the time since the start."""
+        self._close()
+        seconds = time.monotonic() - self._began
+        self.console.print(f"[dim]{seconds:6.1f} s[/dim]  {text}", highlight=False)
+
+    def step(self, record: dict[str, Any], steps: int) -> None:
+        """Show a training step: loss, bits per byte, speed, time left."""
+        shown = (
+            f"loss {record['loss']:.3f}  {record['bpb']:.2f} bits/byte  "
+            f"{record['tokens_per_s']:,.0f} tokens/s"
+        )
+        if self.console.is_terminal:
+            self._move(record["step"], steps, shown)
+        elif self._is_due(record["step"], steps):
+            self.console.print(f"          step {record['step']}/{steps}  {shown}", highlight=False)
+
+    def _move(self, step: int, steps: int, shown: str) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("          step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.description}"),
+                TextColumn("[dim]left[/dim]"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._bar.add_task(shown, total=steps)
+            self._bar.start()
+        task = self._bar.tasks[0].id
+        self._bar.update(task, completed=step, description=shown)
+        if step == steps:
+            self._close()
+
+    def _is_due(self, step: int, steps: int) -> bool:
+        now = time.monotonic()
+        due = step in (1, steps) or now - self._last_plain >= _PLAIN_EVERY_SECONDS
+        if due:
+            self._last_plain = now
+        return due
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

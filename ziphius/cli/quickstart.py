@@ -1,0 +1,172 @@
+"""``ziphius quickstart``: the main job, end to end, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ziphius.cli import options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ziphius.cli.display import Display
+    from ziphius.config.recipe import Recipe
+    from ziphius.training.run import Text, Trained
+
+# Steps that are timed, after one that is not, to see how many fit into the minutes.
+_TIMED_STEPS = 2
+_FEWEST_STEPS = 20
+_PROMPT = "def "
+
+
+def quickstart(
+    out: Annotated[
+        Path, typer.Option(help="The run's folder; an earlier run moves to NAME.previous.")
+    ] = Path("runs/quickstart"),
+    minutes: Annotated[
+        float, typer.Option(min=0.01, help="How long to train; it decides the number of steps.")
+    ] = 4.0,
+    steps: Annotated[int | None, typer.Option(min=2, help="Steps, in place of minutes.")] = None,
+    overrides: options.Overrides = None,
+) -> None:
+    """Train a small V3 on this machine in minutes, measure it, and let it write.
+
+    It learns the Python standard library's own source, trains its tokenizer first, and is measured
+    on packages that it has not seen, beside an n-gram model and xz on the same text.
+    """
+    from rich.console import Console
+
+    from ziphius.cli.display import Display
+    from ziphius.config.recipe import load_recipe
+    from ziphius.training import run
+    from ziphius.training.folder import RunFolder
+
+    console = Console()
+    display = Display(console)
+    recipe = run.resolve(load_recipe("tiny", overrides or ()))
+    text = run.prepare_text(recipe, display)
+    chosen = steps or _steps_that_fit(recipe, text, minutes, display)
+    recipe = load_recipe("tiny", [*(overrides or ()), f"pretrain.steps={chosen}"])
+    trained = run.pretrain(
+        run.resolve(recipe),
+        lambda resolved: RunFolder.create(out, resolved, replace=True),
+        display,
+        text,
+    )
+    summary = _measure(trained, recipe, out, display)
+    _tell(console, summary, out)
+
+
+def _steps_that_fit(recipe: Recipe, text: Text, minutes: float, display: Display) -> int:
+    """Time some steps of a throw-away model; return how many fit, at most the preset's number."""
+    import time
+
+    import torch
+
+    from ziphius.training.optimizer import AdamW
+    from ziphius.training.run import build_model
+    from ziphius.training.step import train_step
+
+    display.say(f"timing {_TIMED_STEPS} steps of a throw-away model")
+    torch.set_num_threads(recipe.run.threads)
+    model = build_model(recipe)
+    optimizer = AdamW(model.parameters(), recipe.pretrain)
+    state = text.loader.state()
+    seconds = []
+    for _ in range(1 + _TIMED_STEPS):
+        began = time.perf_counter()
+        tokens_BS = text.loader.next_batch().to(recipe.run.device)
+        train_step(model, optimizer, tokens_BS, recipe.pretrain, 0.0)
+        seconds.append(time.perf_counter() - began)
+    text.loader.load_state(state)
+    fitting = int(60 * minutes / min(seconds[1:]))
+    return max(_FEWEST_STEPS, min(recipe.pretrain.steps, fitting))
+
+
+def _measure(trained: Trained, recipe: Recipe, out: Path, display: Display) -> dict[str, Any]:
+    """Add baselines and a generated function to the run's figures; draw its loss."""
+    from ziphius.data.loader import select_heldout
+    from ziphius.evaluation.baselines import NgramModel, xz_bits_per_byte
+    from ziphius.report.loss import draw_loss
+    from ziphius.training.folder import RunFolder
+
+    corpus = trained.text.corpus
+    heldout = select_heldout(corpus.heldout, recipe.run.validate_bytes)
+    heldout_text = b"".join(document.text.encode() for document in heldout)
+    display.say("measuring an n-gram model and xz on the same text")
+    ngram = NgramModel(b"".join(document.text.encode() for document in corpus.train))
+    summary = {
+        **trained.summary,
+        "ngram_bpb": ngram.bits_per_byte(heldout_text),
+        "xz_bpb": xz_bits_per_byte(heldout_text),
+    }
+    display.say("writing a function")
+    summary["prompt"] = _PROMPT
+    summary["generated"] = _write_function(trained)
+    folder = RunFolder(out)
+    folder.write_summary(summary)
+    draw_loss(
+        folder.metrics,
+        out / "loss.png",
+        baselines={"n-gram": summary["ngram_bpb"], "xz": summary["xz_bpb"]},
+        heldout=(summary["heldout_bpb_before"], summary["heldout_bpb_after"]),
+    )
+    return summary
+
+
+def _write_function(trained: Trained) -> str:
+    """Let the model write one function: up to the first line that belongs to none."""
+    from ziphius.data.tokenizer import BOS_ID, EOS_ID
+    from ziphius.inference.generate import generate_text
+    from ziphius.inference.sampler import SamplingParams
+
+    params = SamplingParams(max_tokens=200, temperature=0.6, top_p=0.9, seed=1)
+    written = ""
+    pieces = generate_text(
+        trained.model,
+        trained.text.tokenizer,
+        _PROMPT,
+        params,
+        first_ids=[BOS_ID],
+        stop_ids=[EOS_ID],
+    )
+    for piece in pieces:
+        written += piece
+        lines = written.split("\n")
+        ended = [n for n, line in enumerate(lines[1:-1], 1) if line and not line[0].isspace()]
+        if ended:
+            return "\n".join(lines[: ended[0]]).rstrip()
+    return written.rstrip()
+
+
+def _tell(console: Console, summary: dict[str, Any], out: Path) -> None:
+    from rich.panel import Panel
+    from rich.syntax import Syntax
+    from rich.table import Table
+
+    function = summary["prompt"] + summary["generated"]
+    console.print()
+    console.print(Panel(Syntax(function, "python"), title="a function it wrote", expand=False))
+    table = Table(title="bits per byte on held-out packages (less is better)", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, key in (
+        ("before training", "heldout_bpb_before"),
+        ("n-gram model of the training text", "ngram_bpb"),
+        ("xz on the held-out text", "xz_bpb"),
+        ("[bold]after training[/bold]", "heldout_bpb_after"),
+    ):
+        table.add_row(name, f"{summary[key]:.3f}")
+    console.print(table)
+    console.print(
+        f"{summary['steps']} steps, {summary['tokens']:,} tokens in "
+        f"{summary['train_seconds']:.0f} s: {summary['tokens_per_s']:,.0f} tokens/s, "
+        f"{summary['peak_memory_gib']:.1f} GiB at most\n"
+        f"{out}: checkpoint/, metrics.jsonl, summary.json, loss.png\n"
+        f"next: ziphius generate {out} 'class ' --temperature 0.7",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,60 @@
+"""A checkpoint that writes: model, tokenizer, and the ids where a text begins and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ziphius.checkpoint.config_json import raw_config
+from ziphius.checkpoint.huggingface import TOKENIZER_FILE, checkpoint_folder, load
+from ziphius.config.errors import BadInput
+from ziphius.inference.generate import generate_text
+from ziphius.inference.sampler import SamplingParams
+from ziphius.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Writer:
+    """What it takes to go on from a text."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    first_ids: tuple[int, ...]
+    stop_ids: frozenset[int]
+
+    def write(self, prompt: str, params: SamplingParams) -> Iterator[str]:
+        """Yield pieces of the text after ``prompt`` as they are generated."""
+        return generate_text(
+            self.model,
+            self.tokenizer,
+            prompt,
+            params,
+            first_ids=self.first_ids,
+            stop_ids=self.stop_ids,
+        )
+
+
+def load_writer(path: Path, dtype: str | None = None, *, mtp: bool = True) -> Writer:
+    """Load a checkpoint with its tokenizer; texts begin with its config's ``bos_token_id``.
+
+    Raises BadInput as ``load`` does, and when there is no readable tokenizer.json.
+    """
+    folder = checkpoint_folder(path)
+    file = folder / TOKENIZER_FILE
+    if not file.is_file():
+        raise BadInput(f"{folder}: no {TOKENIZER_FILE}: put the model's tokenizer there")
+    model, raw = load(folder, dtype, mtp=mtp), raw_config(folder)
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception for a malformed file
+        raise BadInput(f"{file}: not readable as a tokenizer: {error}") from None
+    first, last = raw.get("bos_token_id"), raw.get("eos_token_id")
+    return Writer(
+        model,
+        tokenizer,
+        first_ids=() if first is None else (first,),
+        stop_ids=frozenset(last if isinstance(last, list) else () if last is None else (last,)),
+    )
