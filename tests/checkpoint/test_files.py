@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +38,7 @@ OLD = {
 }
 KEPT = {"README.md": b"mine", "state/loader.json": b"7"}
 NEW = {"config.json": b'{"new": 1}', "model.safetensors": b"new weights"}
-FINISHED, DIED, INTERRUPTED, WRONG = 0, 3, 4, 5
+DIED = 3
 MIB = 2**20
 
 
@@ -75,138 +77,183 @@ def swap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-# A child process that dies, or is interrupted, at a given step
+# Ending at a step. A step is a line of files.py, of this file, or of shutil, which removes folders.
 
 
 @pytest.fixture
-def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Save time: a process that dies loses nothing that it wrote; only a dead machine does."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder in memory, if there is any, and without flushing, for hundreds of saves.
 
-
-def run_child(action: Callable[[], object], step: int, ending: int) -> int:
-    """Run ``action`` in a child that ends at its ``step``th line; return the exit code.
-
-    Counted are the lines of files.py, of shutil (which removes folders) and of this file.
+    A process that dies loses nothing that it wrote; only a machine that dies does.
     """
-    process = os.fork()
-    if process:
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    watched = (files.__file__, shutil.__file__, __file__)
-    left = step
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(
+        dir=memory if os.access(memory, os.W_OK) else tmp_path
+    ) as name:
+        yield Path(name)
+
+
+def follow(
+    action: Callable[[], object], at_step: Callable[[int], object], shutil_too: bool = True
+) -> None:
+    """Run ``action`` and call ``at_step`` with 1, 2, ... before each of its steps."""
+    watched = {files.__file__, __file__} | ({shutil.__file__} if shutil_too else set())
+    step = 0
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal left
-        if frame.f_code.co_filename not in watched:
+        nonlocal step
+        if frame.f_code.co_filename not in watched or frame.f_code is at_step.__code__:
             return None
-        left -= event == "line"
-        if event == "line" and left == 0:
-            if ending == DIED:
-                os._exit(DIED)
-            raise KeyboardInterrupt
+        if event == "line":
+            step += 1
+            at_step(step)
         return trace
 
-    code = WRONG
+    before = sys.gettrace()
+    sys.settrace(trace)
     try:
-        sys.settrace(trace)
         action()
-        code = FINISHED
-    except KeyboardInterrupt:
-        code = INTERRUPTED
     finally:
-        os._exit(code)
+        sys.settrace(before)
 
 
-def end_at_every_step(
-    prepare: Callable[[], object], action: Callable[[], object], ending: int
-) -> Iterator[int]:
-    """Yield after each run, each ended one step later, the last one by itself."""
-    for step in range(1, 5000):
-        prepare()
-        code = run_child(action, step, ending)
-        assert code in (ending, FINISHED)
-        yield step
-        if code == FINISHED:
-            return
+def die(action: Callable[[], object], step: int) -> None:
+    """Run ``action`` in a child that dies at the given step."""
+
+    def at_step(now: int) -> None:
+        if now == step:
+            os._exit(DIED)
+
+    process = os.fork()
+    if process == 0:
+        try:
+            follow(action, at_step)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == DIED
 
 
-@pytest.mark.usefixtures("no_flush")
-def test_a_crash_at_any_step_leaves_the_old_or_the_new_folder(tmp_path: Path, swap: str) -> None:
-    place = tmp_path / "place"
+def steps_that_change(place: Path, action: Callable[[], object]) -> list[int]:
+    """The steps before which the disk differs from what it was at the step before.
+
+    To die at each of them is to die in every state of the disk that ``action`` passes through.
+    """
+    steps: list[int] = []
+    seen: list[object] = [None]
+
+    def at_step(now: int) -> None:
+        paths = sorted(place.rglob("*"))
+        state = [(str(path), path.lstat().st_ino, path.lstat().st_size) for path in paths]
+        if state != seen[-1]:
+            steps.append(now)
+            seen.append(state)
+
+    follow(action, at_step)
+    return steps
+
+
+def test_a_crash_in_any_state_leaves_the_old_or_the_new_folder(place: Path, swap: str) -> None:
     target = place / "ckpt"
-
-    def prepare() -> None:
-        shutil.rmtree(place, ignore_errors=True)
-        old_checkpoint(target)
-
+    old_checkpoint(target)
+    steps = steps_that_change(place, lambda: save_new(target))
+    assert len(steps) > 20
     missing, outcomes = 0, []
-    for _ in end_at_every_step(prepare, lambda: save_new(target), DIED):
+    for step in steps:
+        shutil.rmtree(target)
+        old_checkpoint(target)
+        die(lambda: save_new(target), step)
         missing += not target.exists()
         recover_directory(target)
         assert os.listdir(place) == ["ckpt"]
         check_manifest(target)
         assert content(target) in ({**OLD, **KEPT}, {**NEW, **KEPT})
         outcomes.append("model.safetensors" in content(target))
-    assert outcomes == sorted(outcomes), "the old folder came back"
-    assert True in outcomes[:-1], "no crash after the swap was tried"
-    assert outcomes.count(False) > 100
+    assert outcomes == sorted(outcomes)  # first the old folder, then the new one, never back
+    assert outcomes.count(False) > 10
+    assert outcomes.count(True) > 3
     assert bool(missing) == (swap == "two renames")
 
 
-@pytest.mark.usefixtures("no_flush")
-def test_a_crash_at_any_step_of_a_first_save_leaves_nothing_or_all(tmp_path: Path) -> None:
-    place = tmp_path / "place"
+def test_a_half_removed_folder_is_never_put_back(place: Path, swap: str) -> None:
+    """Even if the user removes the new folder after a crash that came after the swap."""
+    target = place / "ckpt"
+    old_checkpoint(target)
+    emptied = 0
+    for step in steps_that_change(place, lambda: save_new(target)):
+        shutil.rmtree(target, ignore_errors=True)
+        old_checkpoint(target)
+        die(lambda: save_new(target), step)
+        shutil.rmtree(target, ignore_errors=True)
+        recover_directory(target)
+        emptied += not target.exists()
+        assert not target.exists() or content(target) == {**OLD, **KEPT}
+    assert emptied > 10
+
+
+def test_a_crash_in_any_state_of_a_first_save_leaves_nothing_or_all(place: Path) -> None:
     target = place / "deep" / "ckpt"
-
-    def prepare() -> None:
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-
+    steps = steps_that_change(place, lambda: save_new(target))
     outcomes = []
-    for _ in end_at_every_step(prepare, lambda: save_new(target), DIED):
+    for step in steps:
+        shutil.rmtree(target.parent)
+        die(lambda: save_new(target), step)
         recover_directory(target)
         outcomes.append(target.exists())
         if target.exists():
             check_manifest(target)
             assert content(target) == NEW
-        assert not target.parent.exists() or set(os.listdir(target.parent)) <= {"ckpt"}
+        target.parent.mkdir(exist_ok=True)
+        assert set(os.listdir(target.parent)) <= {"ckpt"}
     assert outcomes == sorted(outcomes)
-    assert outcomes.count(False) > 50
+    assert outcomes.count(False) > 5
+    assert outcomes.count(True) > 0
 
 
-@pytest.mark.usefixtures("no_flush")
-def test_ctrl_c_at_any_step_leaves_the_old_or_the_new_folder(tmp_path: Path, swap: str) -> None:
-    place = tmp_path / "place"
+def test_a_crash_in_any_state_of_a_file_leaves_the_old_or_the_new_bytes(place: Path) -> None:
+    path = place / "state.json"
+    path.write_bytes(b"old")
+    seen = []
+    for step in steps_that_change(place, lambda: write_atomic(path, b"longer")):
+        path.write_bytes(b"old")
+        die(lambda: write_atomic(path, b"longer"), step)
+        seen.append(path.read_bytes())
+    assert seen == sorted(seen, reverse=True)
+    assert set(seen) == {b"old", b"longer"}
+    write_atomic(path, b"last")
+    assert os.listdir(place) == ["state.json"]  # what dead writers left is gone
+
+
+def is_interrupted(action: Callable[[], object], step: int) -> bool:
+    """Run ``action`` with Ctrl-C at the given step; say whether it came that far."""
+
+    def at_step(now: int) -> None:
+        if now == step:
+            raise KeyboardInterrupt
+
+    try:
+        # Not within shutil: Python 3.11's rmtree then closes a descriptor twice.
+        follow(action, at_step, shutil_too=False)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def test_ctrl_c_at_any_step_leaves_the_old_or_the_new_folder(place: Path, swap: str) -> None:
     target = place / "ckpt"
-
-    def prepare() -> None:
-        shutil.rmtree(place, ignore_errors=True)
-        old_checkpoint(target)
-
     outcomes = []
-    for _ in end_at_every_step(prepare, lambda: save_new(target), INTERRUPTED):
+    for step in itertools.count(1):
+        old_checkpoint(target)
+        if not is_interrupted(lambda: save_new(target), step):
+            break
         assert content(target) in ({**OLD, **KEPT}, {**NEW, **KEPT})  # without any recovery
         check_manifest(target)
         outcomes.append("model.safetensors" in content(target))
-        recover_directory(target)
-        assert os.listdir(place) == ["ckpt"]
+        assert outcomes[-1] or os.listdir(place) == ["ckpt"]
+        for path in place.iterdir():
+            shutil.rmtree(path)
     assert outcomes.count(False) > 100
-    assert True in outcomes[:-1]
-
-
-@pytest.mark.usefixtures("no_flush")
-def test_a_crash_at_any_step_of_a_file_leaves_the_old_or_the_new_bytes(tmp_path: Path) -> None:
-    path = tmp_path / "state.json"
-    seen = set()
-    steps = 0
-    for steps in end_at_every_step(
-        lambda: path.write_bytes(b"old"), lambda: write_atomic(path, b"new and longer"), DIED
-    ):
-        seen.add(path.read_bytes())
-    assert seen == {b"old", b"new and longer"}
-    assert steps > 20
-    write_atomic(path, b"last")
-    assert os.listdir(tmp_path) == ["state.json"]  # leftovers of dead writers are gone
+    assert outcomes.count(True) > 10
 
 
 def test_readers_always_find_a_folder_while_it_is_replaced(tmp_path: Path) -> None:
@@ -228,7 +275,34 @@ def test_readers_always_find_a_folder_while_it_is_replaced(tmp_path: Path) -> No
     while os.waitpid(process, os.WNOHANG) == (0, 0):
         assert (target / "config.json").exists()
         looks += 1
-    assert looks > 100
+    assert looks > 10
+
+
+def test_everything_is_flushed_before_the_swap_and_the_swap_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: str
+) -> None:
+    """Otherwise a power failure could leave names without contents."""
+    flushed: list[int | str] = []
+    really_swap = files._swap
+
+    def note_swap(*paths: Path) -> None:
+        really_swap(*paths)
+        flushed.append("swap")
+
+    monkeypatch.setattr(os, "fsync", lambda number: flushed.append(os.fstat(number).st_ino))
+    monkeypatch.setattr(files, "_swap", note_swap)
+    target = old_checkpoint(tmp_path / "ckpt")
+    flushed.clear()
+    save_new(target)
+    before, after = set(flushed[: flushed.index("swap")]), flushed[flushed.index("swap") :]
+    assert {path.stat().st_ino for path in [target, *target.rglob("*")]} <= before
+    assert tmp_path.stat().st_ino in after
+
+
+def test_an_exchange_that_fails_says_so_and_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert not files._exchange(tmp_path / "a", tmp_path / "none")
+    assert os.listdir(tmp_path) == ["a"]
 
 
 # Replacing
@@ -290,9 +364,14 @@ def test_an_error_in_the_block_passes_and_changes_nothing(
     tmp_path: Path, error: BaseException
 ) -> None:
     target = old_checkpoint(tmp_path / "ckpt")
-    with pytest.raises(type(error)) as caught, replace_directory(target) as folder:
-        fill(folder, NEW)
-        raise error
+
+    def fail() -> None:
+        with replace_directory(target) as folder:
+            fill(folder, NEW)
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        fail()
     assert caught.value is error
     assert content(target) == {**OLD, **KEPT}
     assert os.listdir(tmp_path) == ["ckpt"]
@@ -439,7 +518,7 @@ def test_a_write_that_the_kernel_stops_leaves_the_old_folder(tmp_path: Path) -> 
     ):
         fill(folder, {"model.safetensors": b"x" * (MIB + 1)})
     one_line(str(caught.value))
-    assert f"more than the {MIB:,} bytes" in str(caught.value)
+    assert f"{MIB:,} bytes were written so far" in str(caught.value)
     assert caught.value.exit_code == 2
     assert content(target) == {**OLD, **KEPT}
     assert os.listdir(tmp_path) == ["ckpt"]
@@ -573,7 +652,7 @@ def test_many_damaged_files_make_a_short_message(tmp_path: Path) -> None:
     write_manifest(tmp_path)
     for index in range(50):
         (tmp_path / f"f{index:03d}").unlink()
-    with pytest.raises(BadInput, match="f000 is missing.*and 42 more"):
+    with pytest.raises(BadInput, match=r"f000 is missing.*and 42 more"):
         check_manifest(tmp_path)
 
 

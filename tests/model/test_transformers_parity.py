@@ -154,7 +154,9 @@ LITE_LIKE = tiny_config(
 @RANDOM
 @example(V3_LIKE, torch.bfloat16, "sdpa", 18, 1)
 @example(LITE_LIKE, torch.float32, "reference", 18, 2)
-@given(configs(), dtypes, st.sampled_from(["sdpa", "reference"]), st.integers(12, 24), st.integers())
+@given(
+    configs(), dtypes, st.sampled_from(["sdpa", "reference"]), st.integers(12, 24), st.integers()
+)
 def test_transformers_opens_what_we_save(
     config: ModelConfig, stored: torch.dtype, attention: str, length: int, seed: int
 ) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.support import F32, random_model, random_tokens, tiny_config
 from ziphius.config.pretrain import PretrainConfig
+from ziphius.model.ffn import MixtureOfExperts
 from ziphius.model.init import initialise
 from ziphius.model.precision import Precision
 from ziphius.model.router import Routing
@@ -66,9 +67,7 @@ def updated(counts: list[int], speed: float) -> list[float]:
 
 
 @given(
-    st.lists(
-        st.lists(st.integers(0, 5), min_size=2, max_size=2), min_size=1, max_size=40
-    ),
+    st.lists(st.lists(st.integers(0, 5), min_size=2, max_size=2), min_size=1, max_size=40),
     st.integers(1, 40),
 )
 def test_loads_add_up_over_micro_batches(choices: list[list[int]], cut: int) -> None:
@@ -117,8 +116,8 @@ def test_sign_rule_is_exact_in_integers(counts: list[int]) -> None:
 
 
 def test_loads_that_a_float_mean_would_confuse() -> None:
-    # Above 2^24 neighbouring integers are one float32: 2^24 + 1 rounds to 2^24. The first three
-    # loads are below the mean by a third and must rise, the last is above it and must fall.
+    # Above 2^24 neighbouring integers are one float32: 2^24 + 1 rounds to 2^24. The first two
+    # loads are a third below the mean and must rise, the last is above it and must fall.
     base = 2**24
     counts = [base, base, base + 1]
     assert len(set(torch.tensor(counts).float().tolist())) == 1, "the case is no case any more"
@@ -204,40 +203,40 @@ def test_regression_bf16_bias_above_two_stands_still(precision: Precision) -> No
 
 
 def skewed_model() -> Transformer:
-    """A model whose tokens nearly all prefer the same experts of each layer."""
-    model = Transformer(tiny_config(num_nextn_predict_layers=1))
-    initialise(model, seed=3)
+    """A model whose tokens share a direction that the first experts like and the last do not."""
+    model = random_model()
     with torch.no_grad():
-        for layer, _, block in model.blocks():
-            if layer not in biases(model):
-                continue
-            # A skew in the scores themselves: a common direction in all tokens, which the first
-            # experts like and the last do not.
-            block.post_attention_layernorm.weight[0] = 0.0
-            block.mlp.gate.weight.mul_(0.2)
-            bias = block.mlp.gate.e_score_correction_bias
-            bias.copy_(torch.linspace(0.3, -0.3, len(bias)))
+        model.embed_tokens.weight[:, 0] = 1.0
+        for _, _, block in model.blocks():
+            if isinstance(block.mlp, MixtureOfExperts):
+                weight_ED = block.mlp.gate.weight
+                weight_ED[:, 0] = torch.linspace(1.0, -1.0, len(weight_ED))
+                block.mlp.gate.e_score_correction_bias.zero_()
     return model
 
 
-def violations(speed: float, steps: int = 60) -> list[float]:
+def violations(speed: float, steps: int = 40) -> list[float]:
     model = skewed_model()
     config = settings(
-        bias_update_speed=speed, micro_batch_size=4, balance_loss_weight=0.0, moments="float32"
+        bias_update_speed=speed,
+        batch_size=16,
+        micro_batch_size=8,
+        balance_loss_weight=0.0,
+        moments="float32",
     )
     optimizer = AdamW(model.parameters(), config)
     return [
         train_step(
-            model, optimizer, random_tokens(model.config, 8, 13, seed=step), config, 1e-4
+            model, optimizer, random_tokens(model.config, 16, 13, seed=step), config, 1e-4
         ).max_violation
         for step in range(steps)
     ]
 
 
 def test_a_skewed_training_becomes_level() -> None:
-    balanced, frozen = violations(0.02), violations(0.0)
+    balanced, frozen = violations(0.02), violations(0.0, steps=20)
     start, end = sum(balanced[:5]) / 5, sum(balanced[-10:]) / 10
-    assert start > 1.2, "the start must be skewed, or the test shows nothing"
+    assert start > 1.0, "the start must be skewed, or the test shows nothing"
     assert end < 0.5 * start
     assert sum(frozen[-10:]) / 10 > 0.8 * start, "without updates it stays skewed"
     assert violations(0.02, steps=5) == balanced[:5], "the run repeats exactly"

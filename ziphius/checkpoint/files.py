@@ -385,8 +385,8 @@ def _told_in_one_line(target: Path, new: Path) -> Iterator[None]:
             files = _regular_files(new) if new.is_dir() else [new]
             size = sum(path.stat().st_size for path in files if path.exists())
             raise BadInput(
-                f"{reason}: it needs more than the {size:,} bytes written so far: free space, or"
-                " save elsewhere"
+                f"{reason}: {size:,} bytes were written so far: free more than that, or save"
+                " elsewhere"
             ) from error
         if error.errno in _NOT_ALLOWED:
             raise BadInput(f"{reason}: choose a folder in which you may write") from error

@@ -279,7 +279,9 @@ def _write_shard(
     try:
         save_file(_unshared(tensors), path, metadata=dict(metadata))
     except SafetensorError as error:
-        raise _as_os_error(error, path) from error
+        raise _as_os_error(
+            error, path, sum(tensor.nbytes for tensor in tensors.values())
+        ) from error
     # safetensors makes files that only their owner can read; the user's umask should decide.
     path.chmod(mode)
 
@@ -295,11 +297,13 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _as_os_error(error: SafetensorError, path: Path) -> Exception:
+def _as_os_error(error: SafetensorError, path: Path, size: int) -> Exception:
+    """Find the system's error number in the text, which is where safetensors puts it."""
     code = re.search(r"\(os error (\d+)\)", str(error))
     if code is None:
         return error
-    return OSError(int(code[1]), os.strerror(int(code[1])), str(path))
+    reason = f"{os.strerror(int(code[1]))} for a shard of {size:,} bytes"
+    return OSError(int(code[1]), reason, str(path))
 
 
 def _unnamed(folder: Path, number: int) -> Path:

@@ -45,9 +45,18 @@ def make_app() -> typer.Typer:
 
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+        ),
+    ] = False,
 ) -> None:
-    if version:
+    pass
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"ziphius {__version__}")
         raise typer.Exit
 

@@ -17,4 +17,4 @@ class RunConfig(Table):
     seed: int = Field(0, ge=0)
     threads: int = Field(0, ge=0)
     device: str = "cpu"
-    validate_bytes: int = Field(400_000, ge=1)
+    validate_bytes: int = Field(600_000, ge=1)

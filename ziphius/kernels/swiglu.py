@@ -43,7 +43,7 @@ class _SwiGLU(torch.autograd.Function):
             dh = dh * gates_M.to(high).unsqueeze(-1)
         du = dh * silu
         # silu'(g) = sigmoid(g) + silu(g) * (1 - sigmoid(g))
-        dg = dh.mul_(u).mul_(silu.addcmul(silu, sigmoid, value=-1).add_(sigmoid))
+        dg = (dh * u).mul_(silu.addcmul(silu, sigmoid, value=-1).add_(sigmoid))
         return dg.to(gate_MF.dtype), du.to(up_MF.dtype), dgates_M
 
 

@@ -57,7 +57,8 @@ class AdamW:
             v_kept.copy_(v)
             if p.ndim > 1:
                 p.mul_(1 - learning_rate * c.weight_decay)
-            denominator = v.div_(correction2).sqrt_().add_(c.adam_eps)
+            # Not in place: with moments in the weights' dtype, v is the kept moment itself.
+            denominator = (v / correction2).sqrt_().add_(c.adam_eps)
             p.addcdiv_(m, denominator, value=-learning_rate / correction1)
             p.grad = None
 

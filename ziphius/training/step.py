@@ -42,6 +42,7 @@ def train_step(
     sequences, targets = tokens_BS.shape[0], tokens_BS[:, 1:].numel()
     loads = ExpertLoads(model.config.n_routed_experts)
     sums = torch.zeros(4, dtype=torch.float64)
+    model.zero_grad()  # a step that failed has left its gradients
     for micro_BS in tokens_BS.split(config.micro_batch_size):
         parts, routings = losses(
             model, micro_BS, config, target_count=targets, sequence_count=sequences

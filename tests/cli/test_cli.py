@@ -1,0 +1,305 @@
+"""The command line as a user meets it: what it leaves behind, and how it says no."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ziphius
+from ziphius.cli.app import run
+
+SMALL = [
+    "model.vocab_size=300",
+    "tokenizer.vocab_size=300",
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.num_hidden_layers=2",
+    "model.q_lora_rank=16",
+    "model.kv_lora_rank=16",
+    "model.qk_nope_head_dim=8",
+    "model.qk_rope_head_dim=4",
+    "model.v_head_dim=12",
+    "model.n_routed_experts=8",
+    "model.num_experts_per_tok=2",
+    "model.moe_intermediate_size=16",
+    "pretrain.batch_size=4",
+    "pretrain.micro_batch_size=2",
+    "pretrain.sequence_length=32",
+    "run.threads=1",
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of text of its own, so that figures do not depend on the interpreter."""
+    folder = tmp_path_factory.mktemp("text")
+    for package in ("alpha", "beta", "gamma"):
+        (folder / package).mkdir()
+        for number in range(4):
+            lines = [f"def {package}_{number}_{i}(x):\n    return x + {i}\n\n" for i in range(40)]
+            (folder / package / f"m{number}.py").write_text("".join(lines), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder that `ziphius pretrain` left."""
+    out = tmp_path_factory.mktemp("runs") / "small"
+    arguments = ["pretrain", "tiny", "--out", str(out), "--steps", "3"]
+    assert ziphius_exits(*arguments, *settings(text)) == 0
+    return out
+
+
+@pytest.fixture
+def checkpoint(trained: Path, tmp_path: Path) -> Path:
+    """A copy of its checkpoint without the manifest: a stranger's, free to be damaged."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(trained / "checkpoint", folder)
+    (folder / "manifest.json").unlink()
+    return folder
+
+
+def settings(text: Path, *more: str) -> list[str]:
+    values = [*SMALL, f"data.source={text}", *more]
+    return [part for value in values for part in ("--set", value)]
+
+
+def ziphius_exits(*arguments: str) -> int:
+    """Run the command line in this process; return its exit code."""
+    before = sys.argv
+    sys.argv = ["ziphius", *arguments]
+    threads = torch.get_num_threads()
+    try:
+        run()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+        torch.set_num_threads(threads)
+    return 0
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run what must be refused: exit code 2 and one line of error, which is returned."""
+    code = ziphius_exits(*arguments)
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert err.startswith("error: "), err
+    assert err.count("\n") == 1, err
+    return err
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_a_pretraining_run_leaves_what_others_will_open(trained: Path) -> None:
+    records = metrics(trained)
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert [record["tokens"] for record in records] == [128, 256, 384]
+    for record in records:
+        expected = record["loss"] + 0.3 * record["mtp_loss"] + record["balance_loss"]
+        assert record["total_loss"] == pytest.approx(expected, rel=1e-5)
+        assert {"bpb", "lr", "tokens_per_s"} <= record.keys()
+    summary = json.loads((trained / "summary.json").read_text("utf-8"))
+    assert summary["steps"] == 3
+    assert summary["corpus_bytes"] > 0
+    assert len(summary["corpus_sha256"]) == 64
+    recipe = ziphius.load_recipe(str(trained / "recipe.toml"))
+    assert recipe.model.hidden_size == 32
+    assert recipe.pretrain.steps == 3
+    final, stage = trained / "checkpoint", trained / "stages" / "pretrain" / "checkpoint"
+    assert not (final / "state").exists()
+    assert {p.name for p in (stage / "state").iterdir()} == {"optimizer.safetensors", "state.json"}
+    tokens_BT = torch.arange(3, 13)[None]
+    assert torch.equal(ziphius.load(final)(tokens_BT), ziphius.load(stage)(tokens_BT))
+    assert ziphius.load(trained)(tokens_BT).shape == (1, 10, 300)
+
+
+def test_the_same_recipe_gives_the_same_losses(text: Path, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    assert ziphius_exits("pretrain", str(trained / "recipe.toml"), "--out", str(out)) == 0
+    for ours, theirs in zip(metrics(out), metrics(trained), strict=True):
+        assert ours["total_loss"] == theirs["total_loss"]
+
+
+def test_quickstart_ends_with_every_figure_it_promises(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "quickstart"
+    arguments = ["quickstart", "--out", str(out), "--steps", "2", *settings(text)]
+    assert ziphius_exits(*arguments) == 0
+    shown = capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text("utf-8"))
+    for key in ("heldout_bpb_before", "heldout_bpb_after", "ngram_bpb", "xz_bpb"):
+        assert summary[key] > 0
+        assert f"{summary[key]:.3f}" in shown
+    assert summary["generated"].splitlines()[0].strip() in shown
+    assert f"{summary['tokens_per_s']:,.0f} tokens/s" in shown
+    assert "next: ziphius generate" in shown
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+    (out / "note.txt").write_text("mine", "utf-8")
+    assert ziphius_exits(*arguments) == 0
+    assert (out.with_name("quickstart.previous") / "note.txt").read_text("utf-8") == "mine"
+    assert not (out / "note.txt").exists()
+
+
+def test_quickstart_times_steps_to_fit_the_minutes(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "quickstart"
+    more = settings(text, "pretrain.steps=21")
+    assert ziphius_exits("quickstart", "--out", str(out), "--minutes", "0.01", *more) == 0
+    summary = json.loads((out / "summary.json").read_text("utf-8"))
+    assert 20 <= summary["steps"] <= 21
+    assert len(metrics(out)) == summary["steps"]
+
+
+def test_generate_streams_prompts_and_repeats_by_seed(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampled = ["--max-tokens", "8", "--temperature", "1.0", "--seed"]
+    written = []
+    for seed in ("1", "1", "2"):
+        assert ziphius_exits("generate", str(trained), "def ", *sampled, seed) == 0
+        written.append(capsys.readouterr().out)
+    assert written[0].startswith("def ")
+    assert written[0] == written[1] != written[2]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("def \nclass \n", "utf-8")
+    assert ziphius_exits("generate", str(trained), "--input-file", str(prompts)) == 0
+    assert [part.split(" ")[0] for part in capsys.readouterr().out.split("\n---\n")] == [
+        "def",
+        "class",
+    ]
+
+
+def test_inspect_prints_the_published_totals(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ziphius_exits("inspect", "671b") == 0
+    shown = capsys.readouterr().out
+    for figure in ("671,026,419,200", "684,489,845,504", "36,625,618,432", "70,272"):
+        assert figure in shown
+
+
+def test_convert_writes_bf16(trained: Path, tmp_path: Path) -> None:
+    target = tmp_path / "bf16"
+    assert ziphius_exits("convert", str(trained), str(target)) == 0
+    assert ziphius.load(target).precision.storage == torch.bfloat16
+    assert (target / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("pretrain.step=3", "did you mean 'steps'"),
+        ("modle.hidden_size=3", "did you mean 'model'"),
+        ("model.num_experts_per_tok=5", "topk_group"),
+        ("model.qk_rope_head_dim=5", "odd"),
+        ("model.scoring_func=softmax", "sigmoid"),
+        ("precision.compute=fp8", "fp8"),
+        ("precision.compute=int8", "bfloat16"),
+        ("run.device=abacus", "abacus"),
+        ("data.source=/no/such/folder", "/no/such/folder"),
+        ("model.vocab_size=299", "tokenizer.vocab_size"),
+        ("no-value", "table.key=value"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(
+    setting: str, said: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    more = settings(text, "model.topk_group=1", "model.n_group=2", setting)
+    error = refusal(capsys, "pretrain", "tiny", "--out", str(out), *more)
+    assert said in error
+    assert not (out / "checkpoint").exists()
+
+
+def test_a_run_is_never_written_over(
+    trained: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (trained / "metrics.jsonl").read_bytes()
+    error = refusal(capsys, "pretrain", "tiny", "--out", str(trained), *settings(text))
+    assert "holds a run already" in error
+    assert (trained / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "letter.txt").write_text("mine", "utf-8")
+    for verb in (["pretrain", "tiny"], ["quickstart"]):
+        error = refusal(capsys, *verb, "--out", str(tmp_path), "--steps", "2", *settings(text))
+        assert "no run" in error
+    assert (tmp_path / "letter.txt").read_text("utf-8") == "mine"
+
+
+def test_another_architecture_is_refused(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (checkpoint / "config.json").write_text(json.dumps(config), "utf-8")
+    assert "llama" in refusal(capsys, "generate", str(checkpoint), "x").lower()
+
+
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_missing_and_extra_tensors_are_named(
+    change: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    if change == "missing":
+        del tensors[name]
+    else:
+        name = "model.layers.0.self_attn.indexer.weight"
+        tensors[name] = torch.zeros(2)
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    assert name in refusal(capsys, "generate", str(checkpoint), "x")
+
+
+def test_a_truncated_file_is_named(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "model.safetensors" in refusal(capsys, "generate", str(checkpoint), "x")
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint / "tokenizer.json"
+    data = json.loads(path.read_text("utf-8"))
+    data["model"]["vocab"]["zzzz"] = 300
+    path.write_text(json.dumps(data), "utf-8")
+    assert "vocab_size is 300" in refusal(capsys, "generate", str(checkpoint), "x")
+
+
+def test_a_full_disk_loses_nothing(trained: Path, tmp_path: Path) -> None:
+    """A real limit on file sizes: the write fails in the middle of a shard."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    target = tmp_path / "bf16"
+    command = [sys.executable, "-m", "ziphius", "convert", str(trained), str(target)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    before = {p.name: p.read_bytes() for p in target.iterdir()}
+    failed = subprocess.run(
+        [*command, "--to", "fp32"], capture_output=True, text=True, timeout=120, preexec_fn=limit
+    )
+    assert failed.returncode == 2, failed.stderr
+    assert failed.stderr.count("\n") == 1, failed.stderr
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["bf16"]
+
+
+def test_a_traceback_is_shown_on_request_only(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ziphius"]
+    bad = ["inspect", "no-such-preset"]
+    plain = subprocess.run([*command, *bad], capture_output=True, text=True, timeout=60)
+    assert plain.returncode == 2
+    assert "Traceback" not in plain.stderr
+    debug = subprocess.run([*command, "--debug", *bad], capture_output=True, text=True, timeout=60)
+    assert "Traceback" in debug.stderr

@@ -1,0 +1,114 @@
+"""Both forms of causal attention: versions against each other, against loops, and gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ziphius.kernels.attention import VERSIONS, causal_attention_reference, latent_attention
+
+SHAPES = [(2, 3, 7, 6, 4), (1, 1, 1, 2, 2), (2, 2, 9, 4, 11), (1, 4, 16, 8, 8)]  # B H T d v
+
+
+def qkv(
+    B: int, H: int, T: int, d: int, v: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k = torch.randn(2, B, H, T, d, dtype=torch.float64).to(dtype)
+    return q, k, torch.randn(B, H, T, v, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_reference_by_hand(shape: tuple[int, ...]) -> None:
+    """Every query alone, over the keys up to its own (report eq. 10)."""
+    q, k, v = qkv(*shape)
+    out = causal_attention_reference(q, k, v, 0.37)
+    assert out.shape == v.shape
+    for b, h, t in itertools.product(*map(range, shape[:3])):
+        scores = torch.tensor([0.37 * (q[b, h, t] @ k[b, h, s]).item() for s in range(t + 1)])
+        weights = (scores.double() - scores.max()).exp()
+        expected = (weights / weights.sum()) @ v[b, h, : t + 1]
+        torch.testing.assert_close(out[b, h, t], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_versions_equal_the_reference(version: str, shape: tuple[int, ...]) -> None:
+    q, k, v = qkv(*shape)
+    out = VERSIONS[version](q, k, v, 0.37)
+    torch.testing.assert_close(out, causal_attention_reference(q, k, v, 0.37))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_versions_in_lower_precision(version: str, dtype: torch.dtype) -> None:
+    q, k, v = qkv(2, 3, 40, 6, 4, dtype)
+    out = VERSIONS[version](q, k, v, 0.5)
+    expected = causal_attention_reference(q.double(), k.double(), v.double(), 0.5)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("d", "v"), [(4, 2), (2, 4), (3, 3)])
+def test_gradients(version: str, d: int, v: int) -> None:
+    inputs = [x.requires_grad_() for x in qkv(1, 2, 4, d, v)]
+    assert torch.autograd.gradcheck(lambda q, k, v: VERSIONS[version](q, k, v, 0.6), inputs)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_large_scores_do_not_overflow(version: str) -> None:
+    q, k, v = qkv(1, 1, 6, 4, 4, torch.float32)
+    assert VERSIONS[version](q * 1e3, k * 1e3, v, 1.0).isfinite().all()
+
+
+# --- the latent form ------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(1, 2),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(0, 6),
+    st.integers(0, 10**6),
+)
+def test_latent_attention_is_attention_with_one_key_for_all_heads(
+    B: int, H: int, T: int, past: int, seed: int
+) -> None:
+    """Keys are latent and rotary part side by side, values the latent; the queries come last."""
+    C, R, S = 5, 2, past + T
+    torch.manual_seed(seed)
+    q_latent, q_rope = torch.randn(B, T, H, C).double(), torch.randn(B, T, H, R).double()
+    latent, k_rope = torch.randn(B, S, C).double(), torch.randn(B, S, R).double()
+    out = latent_attention(q_latent, q_rope, latent, k_rope, 0.4)
+    assert out.shape == (B, T, H, C)
+    # Pad the queries in front, attend causally over all S, and keep the last T.
+    queries = torch.zeros(B, H, S, C + R, dtype=torch.float64)
+    queries[:, :, past:] = torch.cat((q_latent, q_rope), -1).transpose(1, 2)
+    keys = torch.cat((latent, k_rope), -1).unsqueeze(1).expand(B, H, S, C + R)
+    values = latent.unsqueeze(1).expand(B, H, S, C)
+    expected = causal_attention_reference(queries, keys, values, 0.4)[:, :, past:]
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+def test_latent_attention_sums_in_fp32() -> None:
+    """BF16 queries over a BF16 cache: rounded once, at the end."""
+    q_latent, q_rope = torch.randn(1, 1, 2, 16).bfloat16(), torch.randn(1, 1, 2, 4).bfloat16()
+    latent, k_rope = torch.randn(1, 300, 16).bfloat16(), torch.randn(1, 300, 4).bfloat16()
+    out = latent_attention(q_latent, q_rope, latent, k_rope, 0.1)
+    exact = latent_attention(*(x.double() for x in (q_latent, q_rope, latent, k_rope)), 0.1)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), exact, rtol=2**-8 * 1.01, atol=1e-6)
+
+
+def test_latent_attention_does_not_change_its_inputs() -> None:
+    inputs = [torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 2), torch.randn(1, 5, 4)]
+    inputs.append(torch.randn(1, 5, 2))
+    before = [x.clone() for x in inputs]
+    latent_attention(*inputs, 0.3)
+    assert all(map(torch.equal, inputs, before))

@@ -1,0 +1,32 @@
+"""Versions are chosen by name, and a name that is not there is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ziphius.config.errors import BadInput
+from ziphius.kernels import attention, grouped
+from ziphius.kernels.select import Kernels
+
+
+def test_defaults_exist_and_are_printed() -> None:
+    kernels = Kernels()
+    assert kernels.attention in attention.VERSIONS
+    assert kernels.grouped in grouped.VERSIONS
+    assert str(kernels) == f"attention={kernels.attention} grouped={kernels.grouped}"
+
+
+def test_every_operation_has_a_reference() -> None:
+    Kernels(attention="reference", grouped="reference")
+
+
+def test_an_unknown_version_names_the_nearest() -> None:
+    with pytest.raises(BadInput, match="kernel grouped: no version 'lopo'; did you mean 'loop'"):
+        Kernels(grouped="lopo")
+
+
+def test_a_choice_does_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Kernels().attention = "reference"

@@ -1,0 +1,76 @@
+"""The documentation says what is: its commands run, and its index points at what exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+
+
+def test_every_documented_command_runs_in_its_order(tmp_path: Path) -> None:
+    """One folder for all pages; a Python block runs after the commands of its page."""
+    for page in PAGES:
+        for block in blocks(page, "console"):
+            for line in block.splitlines():
+                if not line.startswith("$ "):
+                    continue
+                program, *arguments = shlex.split(line[2:])
+                assert program == "ziphius", f"{page.name}: {line}: only ziphius is run here"
+                run_in(tmp_path, [sys.executable, "-m", "ziphius", *arguments], line)
+        for block in blocks(page, "python"):
+            run_in(tmp_path, [sys.executable, "-c", block], f"{page.name}: python block")
+
+
+def run_in(folder: Path, command: list[str], shown: str) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"{shown}\n{done.stdout}\n{done.stderr}"
+
+
+def index_rows() -> list[list[str]]:
+    rows = []
+    for line in (ROOT / "docs" / "report-index.md").read_text("utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if line.startswith("|") and len(cells) == 4 and "`" in cells[2]:
+            rows.append(cells)
+    return rows
+
+
+def test_the_index_has_rows() -> None:
+    assert len(index_rows()) > 25
+
+
+@pytest.mark.parametrize("row", index_rows(), ids=lambda row: row[0][:40])
+def test_the_index_points_at_code_and_tests_that_exist(row: list[str]) -> None:
+    code, tests = re.findall(r"`([^`]+)`", row[2]), re.findall(r"`([^`]+)`", row[3])
+    assert code
+    assert tests
+    for reference in code:
+        require(reference, ROOT / "ziphius", r"(?:def|class) {name}\b|\b{name}\b\s*[:=]")
+    for reference in tests:
+        require(reference, ROOT / "tests", r"def {name}\b")
+
+
+def require(reference: str, folder: Path, pattern: str) -> None:
+    """Check ``path`` or ``path:name`` below a folder."""
+    path, _, name = reference.partition(":")
+    assert (folder / path).is_file(), reference
+    if name:
+        text = (folder / path).read_text("utf-8")
+        assert re.search(pattern.format(name=re.escape(name)), text), reference
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
