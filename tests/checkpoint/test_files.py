@@ -518,7 +518,7 @@ def test_a_write_that_the_kernel_stops_leaves_the_old_folder(tmp_path: Path) -> 
     ):
         fill(folder, {"model.safetensors": b"x" * (MIB + 1)})
     one_line(str(caught.value))
-    assert f"{MIB:,} bytes were written so far" in str(caught.value)
+    assert f"{MIB:,} bytes were written before it" in str(caught.value)
     assert caught.value.exit_code == 2
     assert content(target) == {**OLD, **KEPT}
     assert os.listdir(tmp_path) == ["ckpt"]

@@ -385,7 +385,7 @@ def _told_in_one_line(target: Path, new: Path) -> Iterator[None]:
             files = _regular_files(new) if new.is_dir() else [new]
             size = sum(path.stat().st_size for path in files if path.exists())
             raise BadInput(
-                f"{reason}: {size:,} bytes were written so far: free more than that, or save"
+                f"{reason}: {size:,} bytes were written before it: free more space, or save"
                 " elsewhere"
             ) from error
         if error.errno in _NOT_ALLOWED:

@@ -27,9 +27,12 @@ class Loader:
 
     Every document becomes BOS, its tokens, EOS. An epoch is all documents one after the other, in
     an order that depends on the seed, the epoch and the documents' names alone; epochs follow one
-    another without end. The stream is cut into rows of ``sequence_length + 1`` tokens that share
+    another without end. This stream is cut into rows of ``sequence_length + 1`` tokens that share
     their border token, so every token but the very first is a target exactly once an epoch.
     Attention crosses document borders, as in the report's pre-training (facts 6.2).
+
+    Rows are dealt out in windows of about an epoch, each window shuffled by the seed: neighbouring
+    rows are often of one document, and a batch of a single document is a poor sample of the text.
     """
 
     def __init__(
@@ -54,58 +57,25 @@ class Loader:
         self.seed = seed
         self._names = [document.name for document in ordered]
         self._pieces = encode(ordered, tokenizer, on_progress)
-        self._position = 0
+        self._rows_dealt = 0
         self._epochs: dict[int, NDArray[np.int32]] = {}
+        self._order: tuple[int, list[int]] = (-1, [])
         self.tokens_per_epoch = sum(len(piece) for piece in self._pieces)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that the next batch begins in, from 0."""
-        return self._position // self.tokens_per_epoch
+        self._rows_per_window = max(1, self.tokens_per_epoch // sequence_length)
 
     def next_batch(self) -> torch.Tensor:
         """Return the next ``[B, T+1]`` int64 token ids, on the CPU.
 
         ``[:, :-1]`` are the inputs and ``[:, 1:]`` the targets.
         """
-        rows, length = self.batch_size, self.sequence_length
-        stream = self._read(self._position, rows * length + 1)
-        self._position += rows * length
-        batch = np.lib.stride_tricks.sliding_window_view(stream, length + 1)[::length]
-        return torch.from_numpy(batch.astype(np.int64))
+        length = self.sequence_length
+        numbers = range(self._rows_dealt, self._rows_dealt + self.batch_size)
+        rows = [self.stream(self._dealt(n) * length, length + 1) for n in numbers]
+        self._rows_dealt += self.batch_size
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
 
-    def state(self) -> dict[str, int]:
-        """Return where the stream stands, and what it is a stream of."""
-        return {"position": self._position, **self._identity()}
-
-    def load_state(self, state: Mapping[str, int]) -> None:
-        """Continue where ``state`` was taken. The batch's shape may differ from then.
-
-        Raises BadInput for the state of a stream with another text, tokenizer or seed.
-        """
-        expected = self._identity()
-        if {"position", *expected} - state.keys():
-            raise BadInput("loader state: not complete: resume from another checkpoint")
-        differing = [key for key, value in expected.items() if state[key] != value]
-        if differing:
-            raise BadInput(
-                f"loader state: {', '.join(differing)} differs from this run's: resume with the "
-                "text, the tokenizer and the seed that the run began with"
-            )
-        self._position = int(state["position"])
-
-    def _identity(self) -> dict[str, int]:
-        digest = hashlib.sha256()
-        for name, piece in zip(self._names, self._pieces, strict=True):
-            digest.update(_name_bytes(name) + b"\0")
-            digest.update(piece.astype("<i4").tobytes())
-        return {
-            "seed": self.seed,
-            "tokens_per_epoch": self.tokens_per_epoch,
-            "fingerprint": int.from_bytes(digest.digest()[:6], "big"),  # exact in any JSON reader
-        }
-
-    def _read(self, start: int, count: int) -> NDArray[np.int32]:
+    def stream(self, start: int, count: int) -> NDArray[np.int32]:
+        """Return ``count`` tokens of the endless stream that rows are cut from."""
         parts = []
         while count:
             epoch, offset = divmod(start, self.tokens_per_epoch)
@@ -114,11 +84,56 @@ class Loader:
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts)
 
+    def state(self) -> dict[str, int]:
+        """Return how many rows were dealt, and what they are rows of."""
+        return {"rows_dealt": self._rows_dealt, **self._identity()}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        """Continue where ``state`` was taken. The batch size may differ from then.
+
+        Raises BadInput for the state of a loader with another text, tokenizer, row length or seed.
+        """
+        expected = self._identity()
+        if {"rows_dealt", *expected} - state.keys():
+            raise BadInput("loader state: not complete: resume from another checkpoint")
+        differing = [key for key, value in expected.items() if state[key] != value]
+        if differing:
+            raise BadInput(
+                f"loader state: {', '.join(differing)} differs from this run's: resume with the "
+                "text, the tokenizer, the sequence length and the seed that the run began with"
+            )
+        self._rows_dealt = int(state["rows_dealt"])
+
+    def _identity(self) -> dict[str, int]:
+        digest = hashlib.sha256()
+        for name, piece in zip(self._names, self._pieces, strict=True):
+            digest.update(_name_bytes(name) + b"\0")
+            digest.update(piece.astype("<i4").tobytes())
+        return {
+            "seed": self.seed,
+            "sequence_length": self.sequence_length,
+            "tokens_per_epoch": self.tokens_per_epoch,
+            "fingerprint": int.from_bytes(digest.digest()[:6], "big"),  # exact in any JSON reader
+        }
+
+    def _dealt(self, number: int) -> int:
+        """Return which row of the stream is dealt as ``number``."""
+        window, place = divmod(number, self._rows_per_window)
+        if self._order[0] != window:
+            self._order = (window, self._shuffled(window))
+        return window * self._rows_per_window + self._order[1][place]
+
+    def _shuffled(self, window: int) -> list[int]:
+        def key(row: int) -> bytes:
+            return hashlib.sha256(f"{self.seed}/rows/{window}/{row}".encode()).digest()
+
+        return sorted(range(self._rows_per_window), key=key)
+
     def _epoch_tokens(self, epoch: int) -> NDArray[np.int32]:
         if epoch not in self._epochs:
             order = sorted(range(len(self._names)), key=lambda i: self._key(epoch, i))
-            # A batch on a border needs two epochs, and never an older one.
-            self._epochs = {e: t for e, t in self._epochs.items() if e == epoch - 1}
+            # A window of rows is shorter than an epoch, so it touches two of them at most.
+            self._epochs = {e: t for e, t in self._epochs.items() if abs(e - epoch) == 1}
             self._epochs[epoch] = np.concatenate([self._pieces[i] for i in order])
         return self._epochs[epoch]
 
