@@ -43,10 +43,10 @@ def convert(
     if folder.resolve() == target.resolve():
         raise BadInput(f"{target}: source and target are the same folder: name another target")
     raw, config, dtype = raw_config(folder), read_config(folder), FORMS[to]
-    check_manifest(folder)
     if not mtp:
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
     with ShardReader(folder) as reader, replace_directory(target) as writing:
+        check_manifest(folder, only=reader.files())
         weights = WeightReader(reader, config, quantization_block(raw))
         comparison = weights.require_complete(skip_mtp=not mtp)
         _copy_other_files(folder, writing)

@@ -44,19 +44,20 @@ def load(
     ``path`` is a Hugging Face folder or a run folder. ``dtype`` is what weights are stored and
     computed in, by default what the config says; routing biases are FP32 all the same. FP8 weights
     are dequantised. ``mtp=False`` leaves MTP modules out, present or not. ``verify`` compares the
-    files with their checksums, where there is a manifest.
+    weights with their checksums, where there is a manifest.
 
     Raises BadInput for a checkpoint of another architecture, missing, unused or misshapen tensors,
     and damaged files.
     """
     folder = checkpoint_folder(Path(path))
     raw, config = raw_config(folder), read_config(folder)
-    check_manifest(folder, checksums=verify)
     if not mtp:
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
     _check_vocabulary(folder, config)
     precision = Precision.for_inference(as_dtype(dtype) if dtype else stored_dtype(raw))
     with ShardReader(folder) as reader:
+        # Of the other files a user may have changed some on purpose.
+        check_manifest(folder, checksums=verify, only=reader.files())
         reading = WeightReader(reader, config, quantization_block(raw))
         reading.require_complete(skip_mtp=not mtp)
         model = Transformer(config, precision, device="meta").to_empty(device=device)
