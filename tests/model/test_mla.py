@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -189,7 +190,7 @@ def test_the_softmax_scale_is_that_of_the_expanded_heads(cached: bool) -> None:
         hidden_size=8,
         num_attention_heads=1,
         q_lora_rank=None,
-        kv_lora_rank=4,
+        kv_lora_rank=8,
         qk_nope_head_dim=4,
         qk_rope_head_dim=2,
         v_head_dim=4,
@@ -201,16 +202,18 @@ def test_the_softmax_scale_is_that_of_the_expanded_heads(cached: bool) -> None:
         mla.kv_a_layernorm.weight.fill_(1)
         mla.q_proj.weight[:4, :4] = torch.eye(4) * 3
         mla.kv_a_proj_with_mqa.weight[:4, :4] = torch.eye(4)
-        mla.kv_b_proj.weight[:4] = mla.kv_b_proj.weight[4:] = torch.eye(4)
+        mla.kv_b_proj.weight[:4, :4] = mla.kv_b_proj.weight[4:, :4] = torch.eye(4)
         mla.o_proj.weight[:4] = torch.eye(4)
     x_BTD = torch.zeros(1, 2, 8, dtype=torch.float64)
-    x_BTD[0, 0, 0] = x_BTD[0, 1, 1] = 1.0  # latents, after the norm: (2, 0, 0, 0), (0, 2, 0, 0)
+    x_BTD[0, 0, 0] = x_BTD[0, 1, 1] = 1.0  # latents of width 8, after the norm: 1 is sqrt(8)
     model = random_model(config, precision=F64)
     cache = LatentCache(model, batch=1, capacity=2).layer(0) if cached else None
     with torch.no_grad():
         out_BTD = mla(x_BTD, rope_at(config, torch.arange(2), torch.float64), cache)
-    weight = torch.tensor([0.0, 6.0 * (4 + 2) ** -0.5]).softmax(0)[1].item()
-    assert out_BTD[0, 1, :4].tolist() == pytest.approx([2 * (1 - weight), 2 * weight, 0, 0], 1e-5)
+    score, size = 3 * 8**0.5 * (4 + 2) ** -0.5, 8**0.5
+    weight = 1 / (1 + math.exp(-score))
+    expected = [size * (1 - weight), size * weight, 0, 0]
+    assert out_BTD[0, 1, :4].tolist() == pytest.approx(expected, 1e-5)
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -62,6 +62,7 @@ class Watch(TorchDispatchMode):
     seen: list[Memory] = field(default_factory=list)
     makers: list[str] = field(default_factory=list)
     own: set[int] = field(default_factory=set)
+    last: dict[int, Memory] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -75,19 +76,18 @@ class Watch(TorchDispatchMode):
 
     def note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        known = any(
-            m.storage.cdata == storage._cdata and not m.storage.expired() for m in self.seen
+        known = self.last.get(storage._cdata)
+        if storage.data_ptr() in self.own or (known and not known.storage.expired()):
+            return
+        memory = Memory(
+            StorageWeakRef(storage),
+            storage.nbytes(),
+            tensor.dtype,
+            tuple(tensor.shape),
+            tuple(self.makers),
         )
-        if storage.data_ptr() not in self.own and not known:
-            self.seen.append(
-                Memory(
-                    StorageWeakRef(storage),
-                    storage.nbytes(),
-                    tensor.dtype,
-                    tuple(tensor.shape),
-                    tuple(self.makers),
-                )
-            )
+        self.last[storage._cdata] = memory
+        self.seen.append(memory)
 
     def alive(self, maker: str = "") -> list[Memory]:
         """What is still in memory of that which ``maker`` made (everything, without one)."""

@@ -69,6 +69,8 @@ def _converted(
             on_tensor(done, len(names))
         stored = stored_as(name, dtype)
         yield name, partial(_read_as, weights, name, stored)
+    if on_tensor is not None:
+        on_tensor(len(names), len(names))
 
 
 def _read_as(weights: WeightReader, name: str, dtype: torch.dtype) -> Tensor:

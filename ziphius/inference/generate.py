@@ -81,10 +81,11 @@ def stream_decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 def _check_prompt(model: Transformer, prompt: Sequence[int], room: int) -> None:
     if not prompt:
         raise BadInput("the prompt is empty: give at least one token to go on from")
-    largest = max(prompt)
-    if largest >= model.config.vocab_size:
+    V = model.config.vocab_size
+    outside = [token for token in prompt if not 0 <= token < V]
+    if outside:
         raise BadInput(
-            f"token id {largest} is outside the model's vocabulary of {model.config.vocab_size}: "
+            f"token id {outside[0]} is outside the model's vocabulary of {V}: "
             "the tokenizer belongs to another model"
         )
     if room < 1:

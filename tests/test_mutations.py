@@ -1,0 +1,68 @@
+"""Every known mistake would be noticed: the table of mutations is sound, and no mutant survives."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.mutations import ROOT, Mutation, main, read_table
+
+TABLE = read_table()
+NAMES = [f"{m.number}: {m.what}" for m in TABLE]
+# Points of facts 13 that have code in the package; the others are listed in the table's head.
+APPLICABLE = {*range(1, 17), 18, 25, 26, 29}
+
+
+@pytest.mark.parametrize("mutation", TABLE, ids=NAMES)
+def test_the_text_to_change_is_there_exactly_once(mutation: Mutation) -> None:
+    text = (ROOT / "ziphius" / mutation.file).read_text("utf-8")
+    assert text.count(mutation.old) == 1
+    assert mutation.old != mutation.new
+    compile(text.replace(mutation.old, mutation.new), mutation.file, "exec")
+
+
+@pytest.mark.parametrize("mutation", TABLE, ids=NAMES)
+def test_the_tests_that_must_fail_exist(mutation: Mutation) -> None:
+    assert mutation.tests
+    for test in mutation.tests:
+        file, _, name = test.partition("::")
+        assert re.search(rf"^def {name}\(", (ROOT / file).read_text("utf-8"), re.MULTILINE), test
+
+
+def test_every_applicable_erratum_has_a_mutation() -> None:
+    assert all(bool(m.errata) != bool(m.bug) for m in TABLE)
+    numbers = {int(n) for m in TABLE for n in m.errata.split(",") if n.strip()}
+    assert numbers == APPLICABLE
+
+
+def test_a_text_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "ziphius").mkdir()
+    (tmp_path / "ziphius" / "a.py").write_text("one two two")
+    wrong = Mutation(7, "nothing", "a.py", "three", "four", ("tests",))
+    with pytest.raises(ValueError, match="mutation 7: 0 times"):
+        wrong.apply(tmp_path)
+    twice = Mutation(8, "too much", "a.py", "two", "four", ("tests",))
+    with pytest.raises(ValueError, match="mutation 8: 2 times"):
+        twice.apply(tmp_path)
+    once = Mutation(9, "right", "a.py", "one", "four", ("tests",))
+    once.apply(tmp_path)
+    assert (tmp_path / "ziphius" / "a.py").read_text() == "four two two"
+
+
+def test_the_table_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list", "--only", "2"]) == 0
+    assert capsys.readouterr().out.startswith("  2 13.1: gates are recovered")
+    assert main(["--only", "100000"]) == 1
+
+
+@pytest.mark.timeout(1200)
+def test_no_mutant_survives() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "mutations.py")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert f"{len(TABLE)} mutations" in done.stdout
