@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.checkpoint.published import assert_same, weights
 from tests.support import random_model
 from ziphius.checkpoint import shards
-from ziphius.checkpoint.huggingface import checkpoint_folder, load, save
+from ziphius.checkpoint.files import replace_directory
+from ziphius.checkpoint.huggingface import checkpoint_folder, load, save, write_model
+from ziphius.checkpoint.state import write_state
 from ziphius.config.errors import BadInput
 
 
@@ -109,6 +112,25 @@ def test_a_write_that_the_kernel_stops_leaves_the_old_checkpoint(older: Path) ->
     assert contents(older) == before
     assert [p.name for p in older.parent.iterdir()] == ["older"], "nothing half written is left"
     assert_same(load(older), weights(random_model(seed=1)))
+
+
+def test_run_state_that_the_kernel_stops_is_told_in_one_line(older: Path) -> None:
+    """The optimizer's moments are the largest part of a run's checkpoint."""
+    before = contents(older)
+    with small_files(20_000), pytest.raises(BadInput, match="not saved"):
+        with replace_directory(older) as folder:
+            (folder / "config.json").write_text("{}")
+            write_state(folder, {"moments": torch.zeros(10_000)}, {"step": 1})
+    assert contents(older) == before
+
+
+def test_run_state_is_as_readable_as_the_weights(tmp_path: Path) -> None:
+    with replace_directory(tmp_path / "target") as folder:
+        write_model(random_model(), folder, torch.float32)
+        write_state(folder, {"moments": torch.zeros(3)}, {"step": 1})
+    weights_file = tmp_path / "target" / "model.safetensors"
+    state_file = tmp_path / "target" / "state" / "optimizer.safetensors"
+    assert state_file.stat().st_mode == weights_file.stat().st_mode
 
 
 @pytest.mark.parametrize(

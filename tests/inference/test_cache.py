@@ -57,6 +57,21 @@ def test_it_holds_the_normed_latent_and_the_rotated_key() -> None:
 
 
 @torch.no_grad()
+def test_an_empty_cache_is_a_cache() -> None:
+    """Also one that Python takes for false, because it has a length and that is zero."""
+
+    class Sized(LatentCache):
+        def __len__(self) -> int:
+            return self.length
+
+    model = random_model()
+    cache = Sized(model, batch=1, capacity=3)
+    assert not cache
+    model(random_tokens(model.config, 1, 3), cache)
+    assert cache.length == 3
+
+
+@torch.no_grad()
 def test_a_full_cache_says_so_and_keeps_what_it_has() -> None:
     model = random_model()
     cache = LatentCache(model, batch=1, capacity=5)

@@ -65,6 +65,13 @@ def test_low_temperatures_approach_greedy() -> None:
     }
 
 
+@pytest.mark.parametrize("temperature", [1e-310, 5e-324, 1e300])
+def test_extreme_temperatures_give_a_distribution(temperature: float) -> None:
+    shares = p([1.0, 300.0, -300.0, 299.0], temperature=temperature)
+    expected = [0, 1, 0, 0] if temperature < 1 else [0.25] * 4
+    assert shares == pytest.approx(expected)
+
+
 def test_greedy_draws_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     state = generator.get_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,6 +63,18 @@ def test_gradients() -> None:
     rows_MD = torch.randn(15, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda u: permute(u, order_M, inverse_M, 3), (u_ND,))
     assert torch.autograd.gradcheck(lambda r: unpermute(r, order_M, inverse_M, 3), (rows_MD,))
+
+
+@pytest.mark.parametrize("width", [64, 192, 7168])
+def test_rows_of_real_widths_are_summed_one_after_the_other(width: int) -> None:
+    """Bit for bit. Where the width is no multiple of 32, torch sums in four strands instead."""
+    order_M = torch.randperm(5 * 8)
+    rows_MD = torch.randn(40, width) * torch.logspace(-3, 3, 40)[:, None]
+    out_ND = unpermute(rows_MD, order_M, order_M.argsort(), 8)
+    expected_ND = torch.zeros(5, width)
+    for flat, m in enumerate(order_M.argsort().tolist()):
+        expected_ND[flat // 8] += rows_MD[m]
+    assert torch.equal(out_ND, expected_ND)
 
 
 def test_rows_are_summed_in_the_order_of_the_choices() -> None:

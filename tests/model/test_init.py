@@ -103,7 +103,7 @@ def test_the_published_standard_deviation_and_the_rule_for_smaller_networks() ->
     v3 = load_recipe("671b").model
     assert v3.init_std == 0.006
     assert v3.model_copy(update={"initializer_range": None}).init_std == pytest.approx(0.006)
-    tiny = load_recipe("tiny").model
-    assert tiny.initializer_range is None
-    assert tiny.init_std * tiny.hidden_size**0.5 == pytest.approx(0.006 * 7168**0.5)
+    for width in (24, 192, 2048):
+        std = tiny_config(hidden_size=width).init_std
+        assert std * width**0.5 == pytest.approx(0.006 * 7168**0.5)
     assert tiny_config(initializer_range=0.5).init_std == 0.5

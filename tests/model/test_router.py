@@ -315,6 +315,15 @@ def test_balance_in_float64_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x: sequence_balance(x.sigmoid(), 2), (logits_BTE,))
 
 
+def test_balance_of_underflown_scores_is_finite() -> None:
+    """Where the gates stay finite, so must the loss."""
+    scores_BTE = torch.zeros(1, 4, 8, requires_grad=True)
+    loss_B = sequence_balance(scores_BTE, 2)
+    loss_B.sum().backward()
+    assert loss_B.tolist() == [0.0]
+    assert scores_BTE.grad.isfinite().all()
+
+
 def test_balance_counts_exactly_in_long_sequences() -> None:
     """4096 tokens that all choose the same experts: a BF16 count would stop at 256."""
     scores_BTE = torch.full((1, 4096, 8), 0.25)

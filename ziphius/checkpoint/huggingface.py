@@ -67,6 +67,17 @@ def load(
     return model.eval()
 
 
+def examine(path: str | Path) -> keys.Comparison:
+    """Compare a checkpoint's tensors with its config, and its weights with their checksums.
+
+    Missing and unused tensors are in the result; damaged files raise BadInput, as in ``load``.
+    """
+    folder = checkpoint_folder(Path(path))
+    with ShardReader(folder) as reader:
+        check_manifest(folder, only=reader.files())
+        return keys.compare(reader.names(), read_config(folder))
+
+
 def save(
     model: Transformer,
     path: str | Path,

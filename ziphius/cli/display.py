@@ -25,7 +25,7 @@ class Display:
         """Print a phase with the time since the start."""
         self._close()
         seconds = time.monotonic() - self._began
-        self.console.print(f"[dim]{seconds:6.1f} s[/dim]  {text}", highlight=False)
+        self.console.print(f"[dim]{seconds:6.1f} s[/dim]  {text}", highlight=False, soft_wrap=True)
 
     def step(self, record: dict[str, Any], steps: int) -> None:
         """Show a training step: loss, bits per byte, speed, time left."""

@@ -22,6 +22,9 @@ def inspect(
 ) -> None:
     """Count parameters, bytes and operations per token, on the meta device: any size, no memory.
 
+    For a checkpoint it also compares the file's tensors with the config, and the weights with their
+    checksums.
+
     Example: ziphius inspect 671b
     """
     from rich.console import Console
@@ -37,6 +40,8 @@ def inspect(
         table.add_row(name, value, note)
     console = Console()
     console.print(table)
+    if Path(target).is_dir():
+        console.print(_tensor_report(Path(target)), highlight=False, soft_wrap=True)
     console.print(f"FLOPs, causal attention counted as causal: {FLOPS_FORMULA}", style="dim")
 
 
@@ -51,6 +56,17 @@ def _read_config(target: str, overrides: list[str] | None) -> ModelConfig:
     if overrides:
         raise BadInput(f"--set changes a recipe, and {target} is a checkpoint")
     return read_config(checkpoint_folder(Path(target)))
+
+
+def _tensor_report(path: Path) -> str:
+    """Say how a checkpoint's tensors compare with its config; damaged files raise BadInput."""
+    from ziphius.checkpoint.huggingface import examine
+
+    result = examine(path)
+    kinds = ("used", "missing", "unused", "ignored")
+    counts = ", ".join(f"{len(getattr(result, kind))} {kind}" for kind in kinds)
+    named = [f"{kind}: {name}" for kind in kinds[1:] for name in sorted(getattr(result, kind))]
+    return "\n".join([f"tensors: {counts}", *named])
 
 
 def _rows(config: ModelConfig, length: int) -> list[tuple[str, str, str]]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ziphius.training.run import Text, Trained
 
 # Steps that are timed, after one that is not, to see how many fit into the minutes.
-_TIMED_STEPS = 2
+_TIMED_STEPS = 3
 _FEWEST_STEPS = 20
 _PROMPT = "def "
 
@@ -82,7 +82,7 @@ def _steps_that_fit(recipe: Recipe, text: Text, minutes: float, display: Display
         train_step(model, optimizer, tokens_BS, recipe.pretrain, 0.0)
         seconds.append(time.perf_counter() - began)
     text.loader.load_state(state)
-    fitting = int(60 * minutes / min(seconds[1:]))
+    fitting = int(60 * minutes * _TIMED_STEPS / sum(seconds[1:]))
     return max(_FEWEST_STEPS, min(recipe.pretrain.steps, fitting))
 
 

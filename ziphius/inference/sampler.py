@@ -34,7 +34,9 @@ def probabilities(logits_V: Tensor, params: SamplingParams) -> Tensor:
     Temperature divides the logits; top-p then keeps the smallest set of most probable tokens whose
     sum reaches it, at least one.
     """
-    p_V = (logits_V.double() / params.temperature).softmax(-1)
+    # Less the largest, so that no temperature, however small, makes two infinities.
+    logits_V = logits_V.double() - logits_V.max()
+    p_V = (logits_V / params.temperature).softmax(-1)
     if params.top_p < 1:
         sorted_V, ids_V = p_V.sort(descending=True, stable=True)
         before_V = sorted_V.cumsum(-1) - sorted_V

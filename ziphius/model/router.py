@@ -12,7 +12,7 @@ from ziphius.config.model import ModelConfig
 from ziphius.model.layers import Device
 from ziphius.model.precision import Precision
 
-# Keeps the normalisation finite when every chosen score underflows (facts 1.7, step 7).
+# Keeps normalisations finite when every score underflows (facts 1.7, step 7).
 NORM_EPS = 1e-20
 
 
@@ -105,5 +105,5 @@ def sequence_balance(scores_BTE: Tensor, top_k: int, chosen_BTK: Tensor | None =
     flat = chosen_BTK.flatten(1)
     hits_BE.scatter_add_(1, flat, torch.ones_like(flat, dtype=hits_BE.dtype))
     f_BE = hits_BE * (E / (top_k * T))
-    P_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
+    P_BE = (scores_BTE / (scores_BTE.sum(-1, keepdim=True) + NORM_EPS)).mean(1)
     return (f_BE * P_BE).sum(-1)

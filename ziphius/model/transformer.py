@@ -92,11 +92,12 @@ class Transformer(nn.Module):
         self, tokens_BT: Tensor, cache: Cache | None = None
     ) -> tuple[Tensor, dict[int, Routing]]:
         """Run the main layers; return the final normed hidden state and every layer's routing."""
-        rope = self.rope(tokens_BT, start=cache.length if cache else 0)
+        rope = self.rope(tokens_BT, start=0 if cache is None else cache.length)
         x_BTD = self.embed_tokens(tokens_BT)
         routings = {}
         for index, block in enumerate(self.layers):
-            x_BTD, routing = block(x_BTD, rope, cache.layer(index) if cache else None)
+            layer_cache = None if cache is None else cache.layer(index)
+            x_BTD, routing = block(x_BTD, rope, layer_cache)
             if routing is not None:
                 routings[index] = routing
         return self.norm(x_BTD), routings
