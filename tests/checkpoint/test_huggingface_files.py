@@ -117,10 +117,14 @@ def test_a_write_that_the_kernel_stops_leaves_the_old_checkpoint(older: Path) ->
 def test_run_state_that_the_kernel_stops_is_told_in_one_line(older: Path) -> None:
     """The optimizer's moments are the largest part of a run's checkpoint."""
     before = contents(older)
-    with small_files(20_000), pytest.raises(BadInput, match="not saved"):
+
+    def write() -> None:
         with replace_directory(older) as folder:
             (folder / "config.json").write_text("{}")
             write_state(folder, {"moments": torch.zeros(10_000)}, {"step": 1})
+
+    with small_files(20_000), pytest.raises(BadInput, match="not saved"):
+        write()
     assert contents(older) == before
 
 

@@ -60,6 +60,14 @@ def test_gradients(chunk: int) -> None:
     )
 
 
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    hidden_ND, weight_VD = (x.requires_grad_() for x in inputs(3, 4, 5))
+    loss = linear_cross_entropy(hidden_ND, weight_VD, torch.tensor([0, 1, 2])).square()
+    (first,) = torch.autograd.grad(loss, hidden_ND, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
 def test_all_targets_ignored() -> None:
     hidden_ND, weight_VD = (x.requires_grad_() for x in inputs(3, 4, 5))
     loss = linear_cross_entropy(hidden_ND, weight_VD, torch.full((3,), IGNORED))

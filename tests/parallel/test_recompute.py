@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from ziphius.kernels.select import Kernels
 from ziphius.model.precision import Precision
 from ziphius.model.transformer import Transformer
 from ziphius.model.weights import ROUTING_BIAS, named_weights
-from ziphius.parallel.recompute import _Ledger, apply_recompute
+from ziphius.parallel.ledger import Ledger
+from ziphius.parallel.recompute import apply_recompute
 from ziphius.training.balance import ExpertLoads
 from ziphius.training.objective import Losses, losses
 from ziphius.training.optimizer import AdamW
@@ -292,10 +294,10 @@ class _At(torch.autograd.Function):
 
 
 def test_memory_of_a_dead_output_may_belong_to_another_tensor() -> None:
-    ledger, memory = _Ledger(), bytearray(16)
+    ledger, memory = Ledger(), bytearray(16)
     x = torch.tensor([1.0, 2.0, 3.0, 4.0], requires_grad=True)
-    double = ledger.wrap(lambda x: _At.apply(x, 2.0, memory))
-    with ledger.hooks():
+    double = partial(ledger.run, lambda x: _At.apply(x, 2.0, memory))
+    with ledger.watching():
         y = double(x)
         address = y.untyped_storage().data_ptr()
         del y
@@ -328,10 +330,10 @@ def test_views_of_an_output_are_restored(view: Callable[[Tensor], Tensor]) -> No
 
     found = []
     for wrapped in (False, True):
-        ledger = _Ledger()
-        function = ledger.wrap(outputs) if wrapped else outputs
+        ledger = Ledger()
+        function = partial(ledger.run, outputs) if wrapped else outputs
         x = base.clone().requires_grad_()
-        with ledger.hooks():
+        with ledger.watching():
             first, second = function(x)
             loss = (view(first).exp() * view(first)).sum() + view(second).pow(3).sum()
             del first, second
@@ -345,12 +347,12 @@ def test_a_function_inside_a_function() -> None:
     base = torch.randn(5, generator=torch.Generator().manual_seed(0))
     found = []
     for wrapped in (False, True):
-        ledger = _Ledger()
-        wrap = ledger.wrap if wrapped else lambda f: f
+        ledger = Ledger()
+        wrap = (lambda f, run=ledger.run: partial(run, f)) if wrapped else lambda f: f
         inner = wrap(lambda x: x.exp())
         outer = wrap(lambda x, inner=inner: inner(x) * inner(x.sin()))
         x = base.clone().requires_grad_()
-        with ledger.hooks():
+        with ledger.watching():
             y = outer(inner(x))
             loss = (y * y).sum()
         loss.backward(retain_graph=True)
@@ -361,10 +363,10 @@ def test_a_function_inside_a_function() -> None:
 
 
 def test_an_output_changed_in_place_before_it_is_saved_is_not_computed_again() -> None:
-    ledger = _Ledger()
-    double = ledger.wrap(lambda x: x * 2)
+    ledger = Ledger()
+    double = partial(ledger.run, lambda x: x * 2)
     x = torch.tensor([1.0, 2.0], requires_grad=True)
-    with ledger.hooks():
+    with ledger.watching():
         y = double(x)
         y += 1
         loss = (y * y).sum()
@@ -374,10 +376,10 @@ def test_an_output_changed_in_place_before_it_is_saved_is_not_computed_again() -
 
 
 def test_an_input_changed_in_place_after_the_function_is_noticed() -> None:
-    ledger = _Ledger()
-    double = ledger.wrap(lambda x: x * 2)
+    ledger = Ledger()
+    double = partial(ledger.run, lambda x: x * 2)
     x = torch.tensor([1.0, 2.0], requires_grad=True)
-    with ledger.hooks():
+    with ledger.watching():
         inside = x * 1
         y = double(inside)
         loss = (y * y).sum()

@@ -1,5 +1,6 @@
 """One optimizer step: micro-batches, failures, repetition."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from ziphius.model.init import initialise
 from ziphius.model.precision import Precision
 from ziphius.model.transformer import Transformer
 from ziphius.model.weights import named_weights
+from ziphius.training import step
 from ziphius.training.objective import losses
 from ziphius.training.optimizer import AdamW
 from ziphius.training.step import StepResult, train_step
@@ -46,11 +48,11 @@ def run(
         train_step(
             model,
             optimizer,
-            random_tokens(model.config, config.batch_size, 11, seed=first_seed + step),
+            random_tokens(model.config, config.batch_size, 11, seed=first_seed + number),
             config,
             RATE,
         )
-        for step in range(steps)
+        for number in range(steps)
     ]
 
 
@@ -121,6 +123,28 @@ def test_a_loss_that_is_not_finite_changes_nothing(where: str) -> None:
         assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), name
     assert optimizer.steps == 0
     assert not any(moment.any() for moment in [*optimizer.first, *optimizer.second])
+
+
+def test_a_loss_that_is_not_finite_is_noticed_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients may well be finite: those of another loss in the sum are."""
+    plain = step.losses
+
+    def infinite(*args: Any, **kwargs: Any) -> Any:
+        parts, routings = plain(*args, **kwargs)
+        return replace(parts, mtp=parts.mtp + float("inf")), routings
+
+    monkeypatch.setattr(step, "losses", infinite)
+    model, config = random_model(), settings()
+    before = weights(model)
+    with pytest.raises(ZiphiusError, match="not finite"):
+        train_step(
+            model,
+            AdamW(model.parameters(), config),
+            random_tokens(model.config, 16, 11),
+            config,
+            RATE,
+        )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in named_weights(model))
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:

@@ -28,17 +28,22 @@ def causal_attention_reference(
 def causal_attention_sdpa(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, scale: float) -> Tensor:
     """Do the same through torch's fused attention, which never holds the score matrix.
 
-    The fused CPU kernel wants equal widths of keys and values, so the narrower is padded with
-    zeros: they add nothing to a score, and a padded value column is cut off again.
+    The fused CPU kernel wants ``equal_widths`` of keys and values; it is fastest to have them so.
     """
-    d, v = q_BHTd.shape[-1], v_BHTv.shape[-1]
-    width = max(d, v)
-    if d < width:
-        q_BHTd, k_BHTd = F.pad(q_BHTd, (0, width - d)), F.pad(k_BHTd, (0, width - d))
-    if v < width:
-        v_BHTv = F.pad(v_BHTv, (0, width - v))
+    v = v_BHTv.shape[-1]
+    q_BHTd, k_BHTd, v_BHTv = equal_widths(q_BHTd, k_BHTd, v_BHTv)
     out = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTv, is_causal=True, scale=scale)
     return out[..., :v]
+
+
+def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad the narrower of keys and values with zeros, queries like keys.
+
+    Zeros add nothing to a score, and a padded column of the values gives a column to cut off.
+    """
+    width = max(k.shape[-1], v.shape[-1])
+    q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    return q, k, v
 
 
 def latent_attention(
@@ -67,6 +72,9 @@ def latent_attention(
     weights_BHTS = scores_BHTS.softmax(-1)
     return torch.einsum("bhts,bsc->bthc", weights_BHTS, latent_BSC).to(dtype)
 
+
+# Versions that pad keys or values unless they are given equal widths.
+WANT_EQUAL_WIDTHS = frozenset({"sdpa"})
 
 VERSIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "reference": causal_attention_reference,

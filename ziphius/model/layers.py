@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ziphius.kernels.norm import rms_norm
 from ziphius.model.precision import Kind, Precision
 
 Device = torch.device | str | None
@@ -42,14 +43,10 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float, precision: Precision, device: Device) -> None:
         super().__init__()
         self.eps = eps
-        self.dtype = precision.dtype("norm")
         self.weight = nn.Parameter(torch.empty(width, dtype=precision.storage, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(
-            x.to(self.dtype), self.weight.shape, self.weight.to(self.dtype), self.eps
-        )
-        return normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Embedding(nn.Module):

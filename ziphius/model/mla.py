@@ -54,8 +54,10 @@ class MLA(nn.Module):
         self.v, self.latent = config.v_head_dim, config.kv_lora_rank
         self.scale = softmax_scale(config)
         self.attention = attention.VERSIONS[kernels.attention]
+        self.pads = kernels.attention in attention.WANT_EQUAL_WIDTHS
         H, D, Q = self.heads, config.hidden_size, config.q_lora_rank
         q_out = H * config.qk_head_dim
+        self.has_query_latent = Q is not None
 
         def norm(width: int) -> RMSNorm:
             return RMSNorm(width, LATENT_NORM_EPS, precision, device)
@@ -81,7 +83,7 @@ class MLA(nn.Module):
             return self.core(self.project(x_BTD, rope), cache)
         q_BHTd, k_BHTd, v_BHTv = self.expand(*self.compress(x_BTD), rope)
         out_BHTv = self.attention(q_BHTd, k_BHTd, v_BHTv, self.scale)
-        return self.o_proj(out_BHTv.transpose(1, 2).flatten(-2))
+        return self.o_proj(out_BHTv[..., : self.v].transpose(1, 2).flatten(-2))
 
     def project(self, x_BTD: Tensor, rope: Rope) -> Projected:
         """Compute the queries of new tokens, and the latent and rotary key to cache (eq. 1-9)."""
@@ -104,12 +106,12 @@ class MLA(nn.Module):
         """Down-project to the query latent (or to whole queries, without one) and to latent and
         rotary key side by side; nothing is normed yet.
         """
-        query = self.q_a_proj if hasattr(self, "q_a_proj") else self.q_proj
+        query = self.q_a_proj if self.has_query_latent else self.q_proj
         return query(x_BTD), self.kv_a_proj_with_mqa(x_BTD)
 
     def queries(self, q_BTQ: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Up-project to the heads' queries: ``[B, T, H, nope]``, and rotated ``[B, T, H, R]``."""
-        if hasattr(self, "q_b_proj"):
+        if self.has_query_latent:
             q_BTQ = self.q_b_proj(self.q_a_layernorm(q_BTQ))
         q_BTHd = q_BTQ.unflatten(-1, (self.heads, -1))
         q_nope_BTHn, q_rope_BTHR = q_BTHd.split((self.nope, self.rope), dim=-1)
@@ -125,11 +127,17 @@ class MLA(nn.Module):
         return self.kv_a_layernorm(latent_BTC), k_rope_BTR
 
     def expand(self, q_BTQ: Tensor, kv_BTc: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute queries, keys and values of every head, each ``[B, H, T, width]`` (eq. 1-9)."""
+        """Compute queries, keys and values of every head, each ``[B, H, T, width]`` (eq. 1-9).
+
+        They are padded here where the attention kernel would do it: what is computed again in
+        backward must be what the kernel saves.
+        """
         q_BTHd = torch.cat(self.queries(q_BTQ, rope), dim=-1)
         latent_BTC, k_rope_BTR = self.latents(kv_BTc, rope)
         kv_BTHo = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1))
         k_nope_BTHn, v_BTHv = kv_BTHo.split((self.nope, self.v), dim=-1)
         k_rope_BTHR = k_rope_BTR.unsqueeze(2).expand(-1, -1, self.heads, -1)
         k_BTHd = torch.cat((k_nope_BTHn, k_rope_BTHR), dim=-1)
+        if self.pads:
+            q_BTHd, k_BTHd, v_BTHv = attention.equal_widths(q_BTHd, k_BTHd, v_BTHv)
         return q_BTHd.transpose(1, 2), k_BTHd.transpose(1, 2), v_BTHv.transpose(1, 2)

@@ -71,9 +71,13 @@ class Router(nn.Module):
             "e_score_correction_bias", torch.empty(E, dtype=torch.float32, device=device)
         )
 
+    def widen(self, u_ND: Tensor) -> Tensor:
+        """Bring the input to the router's arithmetic."""
+        return u_ND.to(self.dtype)
+
     def forward(self, u_ND: Tensor, chosen_NK: Tensor | None = None) -> Routing:
         """Route normed tokens ``[N, D]``. Given ``chosen``, replay that choice."""
-        scores_NE = F.linear(u_ND.to(self.dtype), self.weight.to(self.dtype)).sigmoid()
+        scores_NE = F.linear(self.widen(u_ND), self.weight.to(self.dtype)).sigmoid()
         if chosen_NK is None:
             with torch.no_grad():
                 chosen_NK = choose(
