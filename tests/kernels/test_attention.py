@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ziphius.kernels.attention import VERSIONS, causal_attention_reference, latent_attention
+from ziphius.kernels.attention import (
+    VERSIONS,
+    WANT_EQUAL_WIDTHS,
+    causal_attention_reference,
+    equal_widths,
+    latent_attention,
+)
 
 SHAPES = [(2, 3, 7, 6, 4), (1, 1, 1, 2, 2), (2, 2, 9, 4, 11), (1, 4, 16, 8, 8)]  # B H T d v
 
@@ -112,3 +118,23 @@ def test_latent_attention_does_not_change_its_inputs() -> None:
     before = [x.clone() for x in inputs]
     latent_attention(*inputs, 0.3)
     assert all(map(torch.equal, inputs, before))
+
+
+# --- equal widths ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("d", "v"), [(4, 2), (2, 4), (3, 3)])
+def test_padding_to_equal_widths_changes_nothing(d: int, v: int) -> None:
+    inputs = qkv(1, 2, 5, d, v)
+    padded = equal_widths(*inputs)
+    assert {x.shape[-1] for x in padded} == {max(d, v)}
+    for before, after in zip(inputs, padded, strict=True):
+        width = before.shape[-1]
+        assert torch.equal(after[..., :width], before)
+        assert not after[..., width:].any()
+    out = causal_attention_reference(*padded, 0.4)
+    torch.testing.assert_close(out[..., :v], causal_attention_reference(*inputs, 0.4))
+
+
+def test_versions_that_pad_are_versions() -> None:
+    assert set(VERSIONS) >= WANT_EQUAL_WIDTHS

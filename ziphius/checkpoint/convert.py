@@ -12,7 +12,13 @@ from torch import Tensor
 
 from ziphius.checkpoint.config_json import CONFIG_FILE, quantization_block, raw_config, read_config
 from ziphius.checkpoint.files import check_manifest, is_weight_file, replace_directory
-from ziphius.checkpoint.huggingface import WeightReader, checkpoint_folder, stored_as, write_json
+from ziphius.checkpoint.huggingface import (
+    WeightReader,
+    check_vocabulary,
+    checkpoint_folder,
+    stored_as,
+    write_json,
+)
 from ziphius.checkpoint.keys import Comparison
 from ziphius.checkpoint.shards import MAX_SHARD_BYTES, ShardReader, write_shards
 from ziphius.config.errors import BadInput
@@ -34,17 +40,18 @@ def convert(
 
     FP8 sources are dequantised. Tokenizer and other files come along; the config keeps what it says
     beyond the network. ``on_tensor`` gets (tensors done, tensors in all). Returns how the source's
-    tensors compared with its config. Raises BadInput as ``load`` does, and when source and target
-    are the same folder.
+    tensors compared with its config. Raises BadInput as ``load`` does, and when the target holds
+    anything already.
     """
     if to not in FORMS:
         raise BadInput(f"--to {to}: not a form this version writes{nearest(to, FORMS)}")
     folder, target = checkpoint_folder(Path(source)), Path(target)
-    if folder.resolve() == target.resolve():
-        raise BadInput(f"{target}: source and target are the same folder: name another target")
+    if target.is_dir() and any(target.iterdir()):
+        raise BadInput(f"{target}: is not empty: remove it or name another target")
     raw, config, dtype = raw_config(folder), read_config(folder), FORMS[to]
     if not mtp:
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
+    check_vocabulary(folder, config)
     with ShardReader(folder) as reader, replace_directory(target) as writing:
         check_manifest(folder, only=reader.files())
         weights = WeightReader(reader, config, quantization_block(raw))

@@ -53,7 +53,7 @@ def load(
     raw, config = raw_config(folder), read_config(folder)
     if not mtp:
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
-    _check_vocabulary(folder, config)
+    check_vocabulary(folder, config)
     precision = Precision.for_inference(as_dtype(dtype) if dtype else stored_dtype(raw))
     with ShardReader(folder) as reader:
         # Of the other files a user may have changed some on purpose.
@@ -63,7 +63,6 @@ def load(
         model = Transformer(config, precision, device="meta").to_empty(device=device)
         for name, weight in named_weights(model):
             weight.copy_(reading.read(name, torch.promote_types(weight.dtype, torch.float32)))
-        reading.require_equal_copies()
     return model.eval()
 
 
@@ -137,20 +136,20 @@ class WeightReader:
         return set(self.shapes) | set(keys.shared_copies(self.config))
 
     def require_complete(self, *, skip_mtp: bool) -> keys.Comparison:
-        """Check names and shapes, from the files' headers alone; return the comparison."""
+        """Check names, shapes and dtypes, and that copies are equal; return the comparison."""
         found = {n for n in self.names if not (skip_mtp and keys.is_mtp(n, self.config))}
         comparison = keys.compare(found, self.config)
         keys.require_complete(comparison, self.config, str(self.reader.folder))
         for name in self.shapes:
             keys.require_shape(name, self.reader.shape(name), self.shapes)
+            self._require_weights(name)
+        self._require_equal_copies()
         return comparison
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return one weight, dequantised to ``dtype`` if it is FP8, else as it is stored."""
         tensor = self.reader.read(name)
         if not is_quantized(name, self.names):
-            if tensor.dtype == torch.float8_e4m3fn:
-                dequantize_blocks(tensor, None, dtype, name=name)
             return tensor
         if self.block is None:
             raise BadInput(
@@ -160,10 +159,23 @@ class WeightReader:
         scale_inv = self.reader.read(name + SCALE_SUFFIX)
         return dequantize_blocks(tensor, scale_inv, dtype, self.block, name=name)
 
-    def require_equal_copies(self) -> None:
+    def _require_weights(self, name: str) -> None:
+        """Check that a tensor's numbers are weights as they stand, or FP8 with scales."""
+        dtype = self.reader.dtype(name)
+        scaled = dtype == torch.float8_e4m3fn and is_quantized(name, self.names)
+        if dtype not in DTYPES.values() and not scaled:
+            reason = "without its scales" if dtype == torch.float8_e4m3fn else "in no known form"
+            raise BadInput(
+                f"{self.reader.folder}: {name} is stored as {dtype} {reason}: supported are "
+                f"{', '.join(DTYPES)}, and float8_e4m3fn with {name}{SCALE_SUFFIX}"
+            )
+
+    def _require_equal_copies(self) -> None:
         """Check that the copies beside MTP modules are copies: the network has one of each."""
         for copy, original in keys.shared_copies(self.config).items():
-            if not torch.equal(self.reader.read(copy), self.reader.read(original)):
+            ours, theirs = self.reader.read(original), self.reader.read(copy)
+            keys.require_shape(copy, theirs.shape, {copy: tuple(ours.shape)})
+            if not ((ours == theirs) | (ours.isnan() & theirs.isnan())).all():
                 raise BadInput(
                     f"{self.reader.folder}: {copy} differs from {original}, which it should copy: "
                     "load without MTP (--without-mtp, or load(..., mtp=False))"
@@ -183,11 +195,10 @@ def checkpoint_folder(path: Path) -> Path:
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """Return the dtype of a name such as ``bfloat16``; BadInput for others than precision's."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise BadInput(f"dtype '{dtype}' is not supported{nearest(dtype, DTYPES)}")
-    return DTYPES[dtype]
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise BadInput(f"dtype '{name}' is not supported{nearest(name, DTYPES)}")
+    return DTYPES[name]
 
 
 def write_json(path: Path, value: object) -> None:
@@ -195,7 +206,7 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
-def _check_vocabulary(folder: Path, config: ModelConfig) -> None:
+def check_vocabulary(folder: Path, config: ModelConfig) -> None:
     """Raise BadInput when the tokenizer beside a model has ids that the model does not know.
 
     A model may have more rows than the tokenizer has tokens: the published one is padded.

@@ -97,6 +97,8 @@ def require_complete(comparison: Comparison, config: ModelConfig, where: str) ->
         problems.append(
             f"{len(unused)} tensor(s) that the config has no place for: {_some(unused)}"
         )
+    if unused and all(is_mtp(name, config) for name in unused):
+        problems.append("they look like MTP modules: leave them out with --without-mtp (mtp=False)")
     if problems:
         raise BadInput(f"{where}: {'; '.join(problems)}")
 

@@ -273,7 +273,13 @@ def _write_shard(
     folder: Path, shards: list[list[str]], tensors: dict[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     shards.append(list(tensors))
-    path = _unnamed(folder, len(shards))
+    write_file(_unnamed(folder, len(shards)), tensors, metadata)
+
+
+def write_file(
+    path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] = TORCH_METADATA
+) -> None:
+    """Write one safetensors file that is not there yet. Raises OSError as a plain write does."""
     path.touch(exist_ok=False)
     mode = path.stat().st_mode
     try:

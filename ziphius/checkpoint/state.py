@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ziphius.checkpoint.shards import write_file
 from ziphius.config.errors import BadInput
 
 STATE_FOLDER = "state"
@@ -24,7 +25,8 @@ def write_state(
     """Write ``state/`` into a checkpoint folder that is being written."""
     folder = checkpoint / STATE_FOLDER
     folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _TENSORS)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_file(folder / _TENSORS, contiguous)
     (folder / _NUMBERS).write_text(json.dumps(numbers, indent=2) + "\n", "utf-8")
 
 

@@ -27,6 +27,7 @@ DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
+    "float16": torch.float16,  # of other people's checkpoints; no recipe trains in it
 }
 
 
