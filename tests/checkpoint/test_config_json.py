@@ -408,10 +408,11 @@ def test_both_spellings_return_the_config(
 def test_transformers_opens_what_we_write_with_equal_fields(tmp_path: Path) -> None:
     config = ModelConfig(
         **TINY, num_nextn_predict_layers=1, rope_theta=5000.0, initializer_range=0.05,
+        bos_token_id=5, eos_token_id=7,
         rope_scaling=Yarn(factor=10, original_max_position_embeddings=64, beta_fast=16,
                           beta_slow=2, mscale=0.7, mscale_all_dim=0.9),
     )  # fmt: skip
-    raw = config_json(config, dtype=torch.bfloat16, bos_token_id=5, eos_token_id=7)
+    raw = config_json(config, dtype=torch.bfloat16)
     opened = AutoConfig.from_pretrained(write(tmp_path, raw), trust_remote_code=False)
     direct = DeepseekV3Config(
         **TINY, num_key_value_heads=4, num_nextn_predict_layers=1, initializer_range=0.05,

@@ -360,3 +360,16 @@ def test_without_mtp_a_checkpoint_of_transformers_loads(by_transformers: Path) -
     assert len(tensors) == len(dict(named_weights(model)))
     for name, tensor in named_weights(model):
         assert torch.equal(tensor, tensors[name]), name
+
+
+@pytest.mark.parametrize("eos", [7, (7, 9)])
+def test_begin_and_end_tokens_survive_load_and_save(
+    tmp_path: Path, eos: int | tuple[int, ...]
+) -> None:
+    save(random_model(bos_token_id=3, eos_token_id=eos), tmp_path / "one")
+    save(load(tmp_path / "one"), tmp_path / "two")
+    for name in ("config.json", "generation_config.json"):
+        written = json.loads((tmp_path / "two" / name).read_text("utf-8"))
+        assert written["bos_token_id"] == 3
+        assert written["eos_token_id"] == (list(eos) if isinstance(eos, tuple) else eos)
+    assert load(tmp_path / "two").config.eos_token_id == eos

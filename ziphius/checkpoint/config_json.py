@@ -38,7 +38,14 @@ _BUILT_IN: Mapping[str, Any] = MappingProxyType(
     }
 )
 _SPELLED_APART = frozenset(
-    {"rope_theta", "rope_scaling", "num_nextn_predict_layers", "initializer_range"}
+    {
+        "rope_theta",
+        "rope_scaling",
+        "num_nextn_predict_layers",
+        "initializer_range",
+        "bos_token_id",
+        "eos_token_id",
+    }
 )
 # Fields of ModelConfig that have the same name and meaning in config.json. All are required.
 _COPIED = tuple(
@@ -59,9 +66,7 @@ _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 
 
-def config_json(
-    config: ModelConfig, *, dtype: torch.dtype, bos_token_id: int = 0, eos_token_id: int = 1
-) -> dict[str, Any]:
+def config_json(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
     """Return what ``config.json`` says about a network whose weights are stored as ``dtype``.
 
     transformers opens it without remote code. A YaRN ``mscale`` or ``mscale_all_dim`` of zero is
@@ -83,8 +88,8 @@ def config_json(
         "ep_size": 1,
         "pretraining_tp": 1,
         "use_cache": True,
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
         "torch_dtype": name,
         "dtype": name,
     }
@@ -128,6 +133,7 @@ def read_config(folder: Path) -> ModelConfig:
             raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers")) or 0
         ),
         "initializer_range": raw.get("initializer_range") or None,
+        **{k: raw[k] for k in ("bos_token_id", "eos_token_id") if raw.get(k) is not None},
         "rope_theta": theta,
         "rope_scaling": yarn,
     }

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from ziphius.checkpoint.config_json import raw_config
 from ziphius.checkpoint.huggingface import TOKENIZER_FILE, checkpoint_folder, load
 from ziphius.config.errors import BadInput
 from ziphius.inference.generate import generate_text
@@ -46,15 +45,11 @@ def load_writer(path: Path, dtype: str | None = None, *, mtp: bool = True) -> Wr
     file = folder / TOKENIZER_FILE
     if not file.is_file():
         raise BadInput(f"{folder}: no {TOKENIZER_FILE}: put the model's tokenizer there")
-    model, raw = load(folder, dtype, mtp=mtp), raw_config(folder)
+    model = load(folder, dtype, mtp=mtp)
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception for a malformed file
         raise BadInput(f"{file}: not readable as a tokenizer: {error}") from None
-    first, last = raw.get("bos_token_id"), raw.get("eos_token_id")
-    return Writer(
-        model,
-        tokenizer,
-        first_ids=() if first is None else (first,),
-        stop_ids=frozenset(last if isinstance(last, list) else () if last is None else (last,)),
-    )
+    last = model.config.eos_token_id
+    stop_ids = frozenset(last if isinstance(last, tuple) else (last,))
+    return Writer(model, tokenizer, (model.config.bos_token_id,), stop_ids)
