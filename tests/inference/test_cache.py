@@ -81,3 +81,29 @@ def test_a_full_cache_says_so_and_keeps_what_it_has() -> None:
     assert cache.length == 4
     model(random_tokens(model.config, 1, 1), cache)
     assert cache.length == 5
+
+
+@torch.no_grad()
+def test_positions_of_an_interrupted_forward_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = random_model(precision=F64)
+    tokens_BT = random_tokens(model.config, 1, 8)
+    cache = LatentCache(model, batch=1, capacity=8)
+    model(tokens_BT[:, :4], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.layers[2], "attend", lambda *_: (_ for _ in ()).throw(OSError))
+        with pytest.raises(OSError):  # noqa: PT011
+            model(tokens_BT[:, 4:6], cache)
+    assert cache.length == 4
+    torch.testing.assert_close(model(tokens_BT[:, 4:], cache), model(tokens_BT)[:, 4:])
+
+
+def test_a_cache_works_outside_no_grad_and_keeps_no_graph() -> None:
+    model = random_model()
+    tokens_BT = random_tokens(model.config, 1, 6)
+    cache = LatentCache(model, batch=1, capacity=6)
+    for part in tokens_BT.split(3, dim=1):
+        model(part, cache)
+    assert cache.length == 6
+    assert not cache.layer(0)._latent_BSC.requires_grad

@@ -91,7 +91,7 @@ def slow_mtp(model: Transformer, tokens_BS: Tensor) -> tuple[float, dict[int, Ro
                 )
                 inputs.append(module.eh_proj.weight @ joined)
         x_BTD = torch.stack(inputs).unflatten(0, (rows, width - k))
-        h_BTD, routing = module.block(x_BTD, model.rope(x_BTD))
+        h_BTD, routing = module.block(x_BTD, model.rope(x_BTD.shape[1]))
         assert routing is not None
         routings[L + k - 1] = routing
         nll = 0.0

@@ -65,9 +65,10 @@ def _print_version(wanted: bool) -> None:
 def run() -> None:
     """Run the command line and leave the process: 0 done, 1 failure, 2 bad input, 130 Ctrl-C."""
     arguments = sys.argv[1:]
-    # Threads that wait by spinning take the cores from whatever else runs on the machine, and from
-    # each other: beside two busy processes a training step took four times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin for long while they wait take the cores from whatever else runs there; ones
+    # that do not spin at all are slow on an idle machine. dev/LOG.md has the figures.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         make_app()(arguments)
     except ZiphiusError as error:

@@ -19,6 +19,7 @@ class _LayerCache:
     def append(self, latent_BTC: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor]:
         """Keep the new positions; return views of all kept ones."""
         start, end = self.length, self.length + latent_BTC.shape[1]
+        latent_BTC, k_rope_BTR = latent_BTC.detach(), k_rope_BTR.detach()
         if end > self._latent_BSC.shape[1]:
             raise BadInput(
                 f"the cache holds {self._latent_BSC.shape[1]} positions, {end} are needed: "
@@ -53,5 +54,10 @@ class LatentCache:
         return self._layers[-1].length
 
     def layer(self, index: int) -> _LayerCache:
-        """Return one layer's part."""
-        return self._layers[index]
+        """Return one layer's part.
+
+        Positions of a forward pass that broke off before the last layer are forgotten.
+        """
+        layer = self._layers[index]
+        layer.length = min(layer.length, self.length)
+        return layer

@@ -39,9 +39,10 @@ def generate_tokens(
     cache = LatentCache(model, batch=1, capacity=len(prompt) + steps) if cached else None
     ids, fed = list(prompt), 0
     for _ in range(steps):
-        logits_BTV = model(torch.tensor([ids[fed:]], device=device), cache)
+        hidden_BTD, _ = model.trunk(torch.tensor([ids[fed:]], device=device), cache)
         fed = len(ids) if cached else 0
-        token = sample(logits_BTV[0, -1], params, generator)
+        # Only the last position's logits are wanted: those of a whole prompt would be large.
+        token = sample(model.lm_head(hidden_BTD[0, -1]), params, generator)
         if token in stop_ids:
             return
         ids.append(token)

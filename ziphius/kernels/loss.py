@@ -29,16 +29,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], chunk):
             rows = slice(start, start + chunk)
             logits_nV = (hidden_ND[rows] @ weight_VD.T).to(high)
-            counted_n = targets_N[rows] != IGNORED
-            targets_n1 = targets_N[rows].where(counted_n, 0).unsqueeze(1)
-            norm_n1 = logits_nV.logsumexp(-1, keepdim=True)
-            nll_n1 = norm_n1 - logits_nV.gather(1, targets_n1)
-            total += nll_n1[counted_n].sum()
+            counted_n1 = (targets_N[rows] != IGNORED).unsqueeze(1)
+            targets_n1 = targets_N[rows].unsqueeze(1).where(counted_n1, 0)
+            target_n1 = logits_nV.gather(1, targets_n1)
+            largest_n1 = logits_nV.amax(-1, keepdim=True)
+            exp_nV = logits_nV.sub_(largest_n1).exp_()
+            sum_n1 = exp_nV.sum(-1, keepdim=True)
+            total += (largest_n1 + sum_n1.log() - target_n1)[counted_n1].sum()
             if dhidden_ND is None and dweight_VD is None:
                 continue
-            dlogits_nV = logits_nV.sub_(norm_n1).exp_()
-            dlogits_nV.scatter_add_(1, targets_n1, -torch.ones_like(norm_n1))
-            dlogits_nV = dlogits_nV.mul_(counted_n.unsqueeze(1)).to(hidden_ND.dtype)
+            # softmax - onehot(target), and zero in rows that do not count
+            dlogits_nV = exp_nV.mul_(counted_n1 / sum_n1)
+            dlogits_nV.scatter_add_(1, targets_n1, -counted_n1.to(high))
+            dlogits_nV = dlogits_nV.to(hidden_ND.dtype)
             if dhidden_ND is not None:
                 torch.mm(dlogits_nV, weight_VD, out=dhidden_ND[rows])
             if dweight_VD is not None:

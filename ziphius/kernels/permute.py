@@ -26,7 +26,13 @@ class _Unpermute(torch.autograd.Function):
     def forward(ctx: Any, rows_MD: Tensor, order_M: Tensor, inverse_M: Tensor, K: int) -> Tensor:
         ctx.save_for_backward(order_M, inverse_M)
         ctx.K = K
-        return rows_MD.index_select(0, inverse_M).unflatten(0, (-1, K)).sum(1)
+        rows_NKD = rows_MD.index_select(0, inverse_M).unflatten(0, (-1, K))
+        # One addition after the other: the order of a built-in sum depends on the row's width.
+        high = torch.promote_types(rows_MD.dtype, torch.float32)
+        total_ND = rows_NKD[:, 0].to(high, copy=True)
+        for choice in range(1, K):
+            total_ND += rows_NKD[:, choice]
+        return total_ND.to(rows_MD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -43,5 +49,8 @@ def permute(u_ND: Tensor, order_M: Tensor, inverse_M: Tensor, K: int) -> Tensor:
 
 
 def unpermute(rows_MD: Tensor, order_M: Tensor, inverse_M: Tensor, K: int) -> Tensor:
-    """Sum every token's ``K`` rows in the order of its choices: ``[N*K, D]`` to ``[N, D]``."""
+    """Sum every token's ``K`` rows in the order of its choices: ``[N*K, D]`` to ``[N, D]``.
+
+    The sum is taken in at least FP32, one row after the other, and rounded once.
+    """
     return _Unpermute.apply(rows_MD, order_M, inverse_M, K)

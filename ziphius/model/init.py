@@ -29,7 +29,7 @@ def _rule(name: str) -> Callable[[str, Tensor, float, int], Tensor]:
     """The initialisation table: what the name ends in decides."""
     if name.endswith(ROUTING_BIAS):
         return lambda name, like, std, seed: torch.zeros(like.shape)
-    if name.endswith(("norm.weight", "layernorm.weight")):
+    if name.endswith("norm.weight"):
         return lambda name, like, std, seed: torch.ones(like.shape)
     return lambda name, like, std, seed: _normal(name, like.shape, seed) * std
 

@@ -1,7 +1,9 @@
 """Which arithmetic each kind of module uses: the one table of the precision seam.
 
 The report keeps embedding, output head, router, norms and the attention core out of FP8
-(section 3.3; facts 4.1). "FP32" here means at least FP32: a float64 model stays float64 throughout.
+(section 3.3; facts 4.1). Norms, softmax and loss widen to at least FP32 inside their kernels,
+whatever the dtype of their input. "FP32" here means at least FP32: a float64 model stays float64
+throughout.
 """
 
 from __future__ import annotations
@@ -11,15 +13,13 @@ from typing import Literal
 
 import torch
 
-Kind = Literal["linear", "embedding", "head", "attention", "norm", "router"]
+Kind = Literal["linear", "embedding", "head", "router"]
 
 # "compute" follows precision.compute; "high" is at least FP32 whatever it says.
 PRECISION_TABLE: dict[Kind, Literal["compute", "high"]] = {
     "linear": "compute",
     "embedding": "compute",
     "head": "compute",  # the loss on top of it is at least FP32
-    "attention": "compute",  # the softmax inside is at least FP32
-    "norm": "high",
     "router": "high",  # and the routing bias, which is stored in FP32 however a file has it
 }
 

@@ -76,8 +76,8 @@ def _blend_range(yarn: Yarn, R: int, theta: float) -> tuple[float, float]:
 
 
 def rope_at(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) -> Rope:
-    """Compute cosines and sines for integer positions, in ``dtype`` (at least FP32)."""
-    angles_Tr = positions_T.to(torch.float64)[:, None] * frequencies(config).to(positions_T.device)
+    """Compute cosines and sines for integer positions on the CPU, in ``dtype`` (at least FP32)."""
+    angles_Tr = positions_T.to(torch.float64)[:, None] * frequencies(config)
     scale = rotation_scale(config)
     return Rope((angles_Tr.cos() * scale).to(dtype), (angles_Tr.sin() * scale).to(dtype))
 

@@ -92,7 +92,7 @@ class Transformer(nn.Module):
         self, tokens_BT: Tensor, cache: Cache | None = None
     ) -> tuple[Tensor, dict[int, Routing]]:
         """Run the main layers; return the final normed hidden state and every layer's routing."""
-        rope = self.rope(tokens_BT, start=0 if cache is None else cache.length)
+        rope = self.rope(tokens_BT.shape[1], start=0 if cache is None else cache.length)
         x_BTD = self.embed_tokens(tokens_BT)
         routings = {}
         for index, block in enumerate(self.layers):
@@ -113,17 +113,20 @@ class Transformer(nn.Module):
         h_BTD, mtp_hidden = hidden_BTD, []
         for k, module in enumerate(self.mtp, start=1):
             embedded_BTD = self.embed_tokens(tokens_BS[:, k:T])
-            rope = self.rope(embedded_BTD)
+            rope = self.rope(T - k)
             h_BTD, routing = module(h_BTD[:, : T - k], embedded_BTD, rope)
             mtp_hidden.append(module.norm(h_BTD))
             routings[len(self.layers) + k - 1] = routing
         return Features(hidden_BTD, mtp_hidden, routings)
 
-    def rope(self, tokens_BT: Tensor, start: int = 0) -> Rope:
-        """Compute the rotary tables for the positions of ``[B, T, ...]``, counted from start."""
-        end = start + tokens_BT.shape[1]
-        positions_T = torch.arange(start, end, device=tokens_BT.device)
-        return rope_at(self.config, positions_T, self.precision.high)
+    def rope(self, length: int, start: int = 0) -> Rope:
+        """Compute the rotary tables of ``length`` positions from ``start``, on the model's device.
+
+        The angles are float64 on the CPU: some devices have none.
+        """
+        rope = rope_at(self.config, torch.arange(start, start + length), self.precision.high)
+        device = self.embed_tokens.weight.device
+        return Rope(rope.cos_Tr.to(device), rope.sin_Tr.to(device))
 
     def blocks(self) -> Iterator[BlockPlace]:
         """Yield every block this process holds with its place, MTP blocks included."""
