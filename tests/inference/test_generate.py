@@ -65,15 +65,15 @@ def test_greedy_generation_takes_the_largest_logit_each_time() -> None:
 
 def test_a_cached_step_feeds_the_new_token_only(monkeypatch: pytest.MonkeyPatch) -> None:
     model, fed = random_model(), []
-    forward = Transformer.forward
+    trunk = Transformer.trunk
 
-    def watched(self: Transformer, tokens_BT: torch.Tensor, cache: Any = None) -> torch.Tensor:
+    def watched(self: Transformer, tokens_BT: torch.Tensor, cache: Any = None) -> Any:
         before = cache.length
-        logits_BTV = forward(self, tokens_BT, cache)
+        result = trunk(self, tokens_BT, cache)
         fed.append((before, tokens_BT.shape[1], cache.length))
-        return logits_BTV
+        return result
 
-    monkeypatch.setattr(Transformer, "forward", watched)
+    monkeypatch.setattr(Transformer, "trunk", watched)
     generated(model, [1, 2, 3, 4], max_tokens=4)
     assert fed == [(0, 4, 4), (4, 1, 5), (5, 1, 6), (6, 1, 7)]
 

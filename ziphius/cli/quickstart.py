@@ -28,7 +28,7 @@ def quickstart(
     ] = Path("runs/quickstart"),
     minutes: Annotated[
         float, typer.Option(min=0.01, help="How long to train; it decides the number of steps.")
-    ] = 4.0,
+    ] = 4.5,
     steps: Annotated[int | None, typer.Option(min=2, help="Steps, in place of minutes.")] = None,
     overrides: options.Overrides = None,
 ) -> None:
@@ -150,7 +150,11 @@ def _tell(console: Console, summary: dict[str, Any], out: Path) -> None:
     function = summary["prompt"] + summary["generated"]
     console.print()
     console.print(Panel(Syntax(function, "python"), title="a function it wrote", expand=False))
-    table = Table(title="bits per byte on held-out packages (less is better)", show_header=False)
+    table = Table(
+        title="bits per byte on held-out packages (less is better)",
+        show_header=False,
+        title_justify="left",
+    )
     table.add_column()
     table.add_column(justify="right")
     for name, key in (
@@ -162,6 +166,8 @@ def _tell(console: Console, summary: dict[str, Any], out: Path) -> None:
         table.add_row(name, f"{summary[key]:.3f}")
     console.print(table)
     console.print(
+        f"text: {summary['corpus']}, {summary['corpus_files']} files, "
+        f"{summary['corpus_bytes']:,} bytes, sha256 {summary['corpus_sha256'][:16]}\n"
         f"{summary['steps']} steps, {summary['tokens']:,} tokens in "
         f"{summary['train_seconds']:.0f} s: {summary['tokens_per_s']:,.0f} tokens/s, "
         f"{summary['peak_memory_gib']:.1f} GiB at most\n"
