@@ -53,6 +53,10 @@ lint: test-setup
 	$(BIN)/mypy
 
 # Every benchmark prints one JSON object as its last line.
+# Applies known mistakes to a copy of the package, one at a time: the suite must notice each.
+mutations: test-setup
+	$(BIN)/python tests/mutations.py
+
 bench: test-setup
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
