@@ -153,6 +153,12 @@ def test_quickstart_ends_with_every_figure_it_promises(
     assert (out.with_name("quickstart.previous") / "note.txt").read_text("utf-8") == "mine"
     assert not (out / "note.txt").exists()
 
+    shutil.rmtree(out.with_name("quickstart.previous"))
+    (out.with_name("quickstart.previous")).mkdir()
+    (out.with_name("quickstart.previous") / "letter.txt").write_text("mine", "utf-8")
+    assert "is no run and in the way" in refusal(capsys, *arguments)
+    assert (out.with_name("quickstart.previous") / "letter.txt").is_file()
+
 
 def test_quickstart_times_steps_to_fit_the_minutes(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "quickstart"

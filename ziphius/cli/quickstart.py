@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 # Steps that are timed, after one that is not, to see how many fit into the minutes.
 _TIMED_STEPS = 3
 _FEWEST_STEPS = 20
-_PROMPT = "def "
 
 
 def quickstart(
@@ -44,6 +43,7 @@ def quickstart(
     from ziphius.training import run
     from ziphius.training.folder import RunFolder
 
+    RunFolder.require_room(out, replace=True)
     console = Console()
     display = Display(console)
     recipe = run.resolve(load_recipe("tiny", overrides or ()))
@@ -88,8 +88,11 @@ def _steps_that_fit(recipe: Recipe, text: Text, minutes: float, display: Display
 
 def _measure(trained: Trained, recipe: Recipe, out: Path, display: Display) -> dict[str, Any]:
     """Add baselines and a generated function to the run's figures; draw its loss."""
+    from ziphius.cli.function import write_function
     from ziphius.data.loader import select_heldout
+    from ziphius.data.tokenizer import BOS_ID, EOS_ID
     from ziphius.evaluation.baselines import NgramModel, xz_bits_per_byte
+    from ziphius.inference.writer import Writer
     from ziphius.report.loss import draw_loss
     from ziphius.training.folder import RunFolder
 
@@ -104,8 +107,15 @@ def _measure(trained: Trained, recipe: Recipe, out: Path, display: Display) -> d
         "xz_bpb": xz_bits_per_byte(heldout_text),
     }
     display.say("writing a function")
-    summary["prompt"] = _PROMPT
-    summary["generated"] = _write_function(trained)
+    tokenizer = trained.text.tokenizer
+    function = write_function(
+        Writer(trained.model, tokenizer, first_ids=(BOS_ID,), stop_ids=frozenset({EOS_ID}))
+    )
+    summary |= {
+        "generated": function.text,
+        "generated_seed": function.seed,
+        "generated_is_valid_python": function.parses,
+    }
     folder = RunFolder(out)
     folder.write_summary(summary)
     draw_loss(
@@ -117,39 +127,16 @@ def _measure(trained: Trained, recipe: Recipe, out: Path, display: Display) -> d
     return summary
 
 
-def _write_function(trained: Trained) -> str:
-    """Let the model write one function: up to the first line that belongs to none."""
-    from ziphius.data.tokenizer import BOS_ID, EOS_ID
-    from ziphius.inference.generate import generate_text
-    from ziphius.inference.sampler import SamplingParams
-
-    params = SamplingParams(max_tokens=200, temperature=0.6, top_p=0.9, seed=1)
-    written = ""
-    pieces = generate_text(
-        trained.model,
-        trained.text.tokenizer,
-        _PROMPT,
-        params,
-        first_ids=[BOS_ID],
-        stop_ids=[EOS_ID],
-    )
-    for piece in pieces:
-        written += piece
-        lines = written.split("\n")
-        ended = [n for n, line in enumerate(lines[1:-1], 1) if line and not line[0].isspace()]
-        if ended:
-            return "\n".join(lines[: ended[0]]).rstrip()
-    return written.rstrip()
-
-
 def _tell(console: Console, summary: dict[str, Any], out: Path) -> None:
     from rich.panel import Panel
     from rich.syntax import Syntax
     from rich.table import Table
 
-    function = summary["prompt"] + summary["generated"]
+    valid = "valid" if summary["generated_is_valid_python"] else "not valid"
+    title = f"a function it wrote (seed {summary['generated_seed']}, {valid} Python)"
+    function = Syntax(summary["generated"], "python")
     console.print()
-    console.print(Panel(Syntax(function, "python"), title="a function it wrote", expand=False))
+    console.print(Panel(function, title=title, expand=False, width=max(len(title) + 6, 80)))
     table = Table(
         title="bits per byte on held-out packages (less is better)",
         show_header=False,
@@ -172,7 +159,7 @@ def _tell(console: Console, summary: dict[str, Any], out: Path) -> None:
         f"{summary['train_seconds']:.0f} s: {summary['tokens_per_s']:,.0f} tokens/s, "
         f"{summary['peak_memory_gib']:.1f} GiB at most\n"
         f"{out}: checkpoint/, metrics.jsonl, summary.json, loss.png\n"
-        f"next: ziphius generate {out} 'class ' --temperature 0.7",
+        f"next: ziphius generate {out} 'class' --temperature 0.7",
         highlight=False,
         soft_wrap=True,
     )

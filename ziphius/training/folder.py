@@ -40,15 +40,33 @@ class RunFolder:
         kept of runs before. Raises BadInput for a folder that holds an earlier run (without
         ``replace``) or anything else, and when it cannot be made.
         """
+        cls.require_room(path, replace=replace)
         try:
             if path.is_dir() and any(path.iterdir()):
-                _make_room(path, replace)
+                _move_aside(path)
             path.mkdir(parents=True, exist_ok=True)
             write_atomic(path / _RECIPE, dump_recipe(recipe).encode())
             (path / _METRICS).touch()
         except OSError as error:
             raise BadInput(f"--out {path}: {error.strerror}: choose another folder") from None
         return cls(path)
+
+    @staticmethod
+    def require_room(path: Path, *, replace: bool = False) -> None:
+        """Raise BadInput unless ``create`` may begin a run there. Nothing is changed."""
+        if not path.is_dir():
+            if path.exists():
+                raise BadInput(f"--out {path}: is a file: choose a folder")
+            return
+        if any(path.iterdir()):
+            if not _is_run(path):
+                raise BadInput(f"--out {path}: holds files that are no run: choose another folder")
+            if not replace:
+                raise BadInput(
+                    f"--out {path}: holds a run already: choose another folder or remove it"
+                )
+            if _previous(path).exists() and not _is_run(_previous(path)):
+                raise BadInput(f"--out {path}: {_previous(path)} is no run and in the way: move it")
 
     def stage(self, name: str) -> Path:
         """Return the checkpoint folder of a stage, its parent made."""
@@ -77,15 +95,18 @@ class RunFolder:
         write_atomic(self.path / _SUMMARY, text.encode())
 
 
-def _make_room(path: Path, replace: bool) -> None:
-    if not (path / _RECIPE).is_file() or not (path / _METRICS).is_file():
-        raise BadInput(f"--out {path}: holds files that are no run: choose another folder")
-    if not replace:
-        raise BadInput(f"--out {path}: holds a run already: choose another folder or remove it")
-    previous = path.with_name(path.name + ".previous")
-    if previous.exists():
-        shutil.rmtree(previous)
-    path.rename(previous)
+def _is_run(path: Path) -> bool:
+    return (path / _RECIPE).is_file() and (path / _METRICS).is_file()
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(path.name + ".previous")
+
+
+def _move_aside(path: Path) -> None:
+    if _previous(path).exists():
+        shutil.rmtree(_previous(path))
+    path.rename(_previous(path))
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

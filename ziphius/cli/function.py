@@ -1,0 +1,57 @@
+"""One Python function from a model that has just learned to write."""
+
+from __future__ import annotations
+
+import ast
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ziphius.inference.writer import Writer
+
+# The next token brings its own space: a prompt that ends in one would split the usual pieces.
+PROMPT = "def"
+TRIES = 8
+
+
+class Function(NamedTuple):
+    """What was written after the prompt, by which seed, and whether Python can parse it."""
+
+    text: str
+    seed: int
+    parses: bool
+
+
+def write_function(writer: Writer) -> Function:
+    """Return the first of ``TRIES`` samples that is valid Python of more than a line, else the
+    first sample.
+    """
+    samples = (_sample(writer, seed) for seed in range(TRIES))
+    first = next(samples)
+    if first.parses:
+        return first
+    return next((sample for sample in samples if sample.parses), first)
+
+
+def _sample(writer: Writer, seed: int) -> Function:
+    """Write one function: up to the first line that belongs to none."""
+    from ziphius.inference.sampler import SamplingParams
+
+    params = SamplingParams(max_tokens=120, temperature=0.4, top_p=0.9, seed=seed)
+    text = PROMPT
+    for piece in writer.write(PROMPT, params):
+        text += piece
+        lines = text.split("\n")
+        ended = [n for n, line in enumerate(lines[1:-1], 1) if line and not line[0].isspace()]
+        if ended:
+            text = "\n".join(lines[: ended[0]])
+            break
+    text = text.rstrip()
+    return Function(text, seed, parses="\n" in text and _is_python(text))
+
+
+def _is_python(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
