@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
 TORCH := torch>=2.11,<2.14
 # Where PyTorch keeps the builds without CUDA; pip goes on without it where it cannot be reached.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -17,31 +18,31 @@ setup: $(VENV)/.ready
 
 test-setup: $(VENV)/.ready-test
 
-$(VENV)/bin/python:
+$(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or newer is needed; name one with make PYTHON=python3.12"; exit 2; }
-	@$(PYTHON) -m venv $(VENV) || \
+	@$(PYTHON) -m venv --clear $(VENV) || \
 		{ echo "error: no virtual environment could be made; on Debian or Ubuntu: apt install python3-venv"; \
 		  rm -rf $(VENV); exit 2; }
+	@touch $@
 
-$(VENV)/.torch: $(VENV)/bin/python
+$(VENV)/.torch: $(VENV)/.made
 	@echo "installing torch (about 200 MB without CUDA)"
 	@if command -v nvidia-smi >/dev/null 2>&1; then \
-		$(BIN)/pip install --quiet "$(TORCH)"; \
+		$(PIP) "$(TORCH)"; \
 	else \
-		$(BIN)/pip install --quiet --retries 1 --timeout 20 --extra-index-url $(TORCH_CPU_INDEX) "$(TORCH)" \
-		|| $(BIN)/pip install --quiet "$(TORCH)"; \
+		$(PIP) --retries 1 --timeout 20 --extra-index-url $(TORCH_CPU_INDEX) "$(TORCH)" || $(PIP) "$(TORCH)"; \
 	fi
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml
 	@echo "installing ziphius"
-	@$(BIN)/pip install --quiet --editable .
+	@$(PIP) --editable .
 	@touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready
 	@echo "installing what the tests need"
-	@$(BIN)/pip install --quiet --editable ".[test]"
+	@$(PIP) --editable ".[test]"
 	@touch $@
 
 test: test-setup
@@ -52,11 +53,11 @@ lint: test-setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every benchmark prints one JSON object as its last line.
 # Applies known mistakes to a copy of the package, one at a time: the suite must notice each.
 mutations: test-setup
 	$(BIN)/python tests/mutations.py
 
+# Every benchmark prints one JSON object as its last line.
 bench: test-setup
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 

@@ -49,6 +49,7 @@ def report(name: str, figures: Mapping[str, Any], *, record: bool) -> None:
     }
     if record:
         path = RESULTS / f"{result['date']}-{name}.json"
+        RESULTS.mkdir(exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     print(json.dumps(result))
 

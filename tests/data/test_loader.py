@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 
 from ziphius.config.errors import BadInput
 from ziphius.data.corpus import Document
-from ziphius.data.loader import IGNORED_TARGET, Loader, heldout_rows, select_heldout
+from ziphius.data.loader import Loader, heldout_rows, select_heldout
 from ziphius.data.tokenizer import BOS_ID, EOS, EOS_ID, token_bytes, train_tokenizer
+from ziphius.kernels.loss import IGNORED
 
 DOCUMENTS = [
     Document(f"package{i}/module.py", f"document {i}: " + "whale dives deep, " * (i % 5) + "\n")
@@ -218,7 +219,7 @@ def test_heldout_targets_are_each_token_but_the_first_once(
         for document in chosen
         for token in (BOS_ID, *TOKENIZER.encode(document.text).ids, EOS_ID)
     ]
-    kept = rows.targets_MT.flatten() != IGNORED_TARGET
+    kept = rows.targets_MT.flatten() != IGNORED
     assert rows.tokens_MT.shape == rows.targets_MT.shape
     assert rows.tokens_MT.shape[1] == sequence_length
     assert rows.targets_MT.flatten()[kept].tolist() == stream[1:]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -32,7 +32,6 @@ def make_app() -> typer.Typer:
     app = typer.Typer(
         name="ziphius",
         help=HELP,
-        no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
@@ -63,23 +62,35 @@ def _print_version(wanted: bool) -> None:
 
 
 def run() -> None:
-    """Run the command line and leave the process: 0 done, 1 failure, 2 bad input, 130 Ctrl-C."""
-    arguments = sys.argv[1:]
+    """Run the command line and leave the process: 0 done, 1 failure, 2 bad input, 130 Ctrl-C.
+
+    Errors are one line; ``--debug`` shows where they come from.
+    """
+    arguments = sys.argv[1:] or ["--help"]
     # Threads that spin for long while they wait take the cores from whatever else runs there; ones
     # that do not spin at all are slow on an idle machine. dev/LOG.md has the figures.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
-        make_app()(arguments)
-    except ZiphiusError as error:
+        make_app()(arguments, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _leave("stopped", 130)
+    except Exception as error:
         if "--debug" in arguments:
             raise
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        # The reader of our output has gone, as in `ziphius generate ... | head`.
-        sys.stderr.close()
-        raise SystemExit(0) from None
+        _leave(*_told(error))
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """Return an error's one line and the exit code."""
+    if isinstance(error, ZiphiusError):
+        return f"error: {error}", error.exit_code
+    if hasattr(error, "format_message"):  # the command line's own: unknown options and the like
+        return f"error: {error.format_message()} (see --help)", 2
+    said = " ".join(str(error).split()) or "no message"
+    return f"error: {type(error).__name__}: {said} (ziphius --debug shows where)", 1
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    typer.echo(" ".join(message.split()), err=True)
+    raise SystemExit(code) from None

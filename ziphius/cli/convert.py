@@ -38,4 +38,6 @@ def convert(
     console.print(
         f"{target}: {len(comparison.used)} tensors used, {len(comparison.ignored)} ignored",
         highlight=False,
+        markup=False,
+        soft_wrap=True,
     )

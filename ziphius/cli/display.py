@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 # Without a terminal a line every so many seconds takes the place of the moving bar.
 _PLAIN_EVERY_SECONDS = 15.0
 
 
+def program() -> str:
+    """Return how this command can be called again from here."""
+    called = sys.argv[0]
+    if shutil.which("ziphius"):
+        return "ziphius"
+    return "python -m ziphius" if called.endswith("__main__.py") else called
+
+
 class Display:
-    """Follows a run on the terminal: phases as lines, training as one moving line."""
+    """Follows a run on the terminal: phases as lines, training as one moving line.
+
+    Leaving its ``with`` block gives the terminal back, whatever happened inside.
+    """
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -25,7 +51,9 @@ class Display:
         """Print a phase with the time since the start."""
         self._close()
         seconds = time.monotonic() - self._began
-        self.console.print(f"[dim]{seconds:6.1f} s[/dim]  {text}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"[dim]{seconds:6.1f} s[/dim]  {escape(text)}", highlight=False, soft_wrap=True
+        )
 
     def step(self, record: dict[str, Any], steps: int) -> None:
         """Show a training step: loss, bits per byte, speed, time left."""

@@ -49,7 +49,7 @@ def _read_prompts(path: Path | None) -> list[str]:
 
     assert path is not None, "called with a file"
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--input-file {path}: cannot be read: {error}") from None
     prompts = [line for line in lines if line]

@@ -29,10 +29,11 @@ def inspect(
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from ziphius.model.count import FLOPS_FORMULA
 
-    table = Table(title=target, show_header=False)
+    table = Table(title=Text(target), show_header=False)
     table.add_column(style="dim")
     table.add_column(justify="right")
     table.add_column(style="dim")
@@ -40,8 +41,9 @@ def inspect(
         table.add_row(name, value, note)
     console = Console()
     console.print(table)
-    if Path(target).is_dir():
-        console.print(_tensor_report(Path(target)), highlight=False, soft_wrap=True)
+    if _is_folder(target):
+        report = _tensor_report(Path(target))
+        console.print(report, highlight=False, markup=False, soft_wrap=True)
     console.print(f"FLOPs, causal attention counted as causal: {FLOPS_FORMULA}", style="dim")
 
 
@@ -51,11 +53,18 @@ def _read_config(target: str, overrides: list[str] | None) -> ModelConfig:
     from ziphius.config.errors import BadInput
     from ziphius.config.recipe import load_recipe
 
-    if not Path(target).is_dir():
+    if not _is_folder(target):
         return load_recipe(target, overrides or ()).model
     if overrides:
         raise BadInput(f"--set changes a recipe, and {target} is a checkpoint")
     return read_config(checkpoint_folder(Path(target)))
+
+
+def _is_folder(target: str) -> bool:
+    """Say whether a checkpoint is meant: a preset's name comes first, as everywhere."""
+    from ziphius.config.recipe import preset_names
+
+    return target not in preset_names() and Path(target).is_dir()
 
 
 def _tensor_report(path: Path) -> str:

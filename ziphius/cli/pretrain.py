@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -26,8 +27,9 @@ def pretrain(
     Example: ziphius pretrain tiny --out runs/one --steps 20 --set pretrain.learning_rate=1e-3
     """
     from rich.console import Console
+    from rich.markup import escape
 
-    from ziphius.cli.display import Display
+    from ziphius.cli.display import Display, program
     from ziphius.config.recipe import load_recipe
     from ziphius.training import run
     from ziphius.training.folder import RunFolder
@@ -35,12 +37,12 @@ def pretrain(
     changes = [*(overrides or []), *([f"pretrain.steps={steps}"] if steps else [])]
     resolved = run.resolve(load_recipe(recipe, changes))
     console = Console()
-    trained = run.pretrain(
-        resolved, lambda resolved: RunFolder.create(out, resolved), Display(console)
-    )
+    with Display(console) as display:
+        trained = run.pretrain(resolved, RunFolder(out), display)
     before, after = (trained.summary[f"heldout_bpb_{when}"] for when in ("before", "after"))
     console.print(
         f"\nheld-out text: {before:.3f} bits per byte before, [bold]{after:.3f}[/bold] after\n"
-        f"next: ziphius generate {out} 'def '",
+        f"next: {escape(program())} generate {escape(shlex.quote(str(out)))} 'def'",
         highlight=False,
+        soft_wrap=True,
     )

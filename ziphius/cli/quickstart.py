@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +16,15 @@ if TYPE_CHECKING:
 
     from ziphius.cli.display import Display
     from ziphius.config.recipe import Recipe
+    from ziphius.training.folder import RunFolder
     from ziphius.training.run import Text, Trained
 
 # Steps that are timed, after one that is not, to see how many fit into the minutes.
 _TIMED_STEPS = 3
 _FEWEST_STEPS = 20
+# Where the machine turns out slower than it was timed, training ends after this many times the
+# minutes that were asked for.
+_OVERTIME = 1.2
 
 
 def quickstart(
@@ -39,24 +45,24 @@ def quickstart(
     from rich.console import Console
 
     from ziphius.cli.display import Display
+    from ziphius.config.errors import BadInput
     from ziphius.config.recipe import load_recipe
     from ziphius.training import run
     from ziphius.training.folder import RunFolder
 
-    RunFolder.require_room(out, replace=True)
+    if not math.isfinite(minutes):
+        raise BadInput(f"--minutes {minutes}: give a number of minutes")
+    folder = RunFolder(out, replace=True)
+    folder.require_room()
     console = Console()
-    display = Display(console)
-    recipe = run.resolve(load_recipe("tiny", overrides or ()))
-    text = run.prepare_text(recipe, display)
-    chosen = steps or _steps_that_fit(recipe, text, minutes, display)
-    recipe = load_recipe("tiny", [*(overrides or ()), f"pretrain.steps={chosen}"])
-    trained = run.pretrain(
-        run.resolve(recipe),
-        lambda resolved: RunFolder.create(out, resolved, replace=True),
-        display,
-        text,
-    )
-    summary = _measure(trained, recipe, out, display)
+    with Display(console) as display:
+        recipe = run.resolve(load_recipe("tiny", overrides or ()))
+        text = run.prepare_text(recipe, display)
+        chosen = steps or _steps_that_fit(recipe, text, minutes, display)
+        recipe = run.resolve(load_recipe("tiny", [*(overrides or ()), f"pretrain.steps={chosen}"]))
+        limit = None if steps else 60 * minutes * _OVERTIME
+        trained = run.pretrain(recipe, folder, display, text=text, seconds=limit)
+        summary = _measure(trained, recipe, folder, display)
     _tell(console, summary, out)
 
 
@@ -83,10 +89,12 @@ def _steps_that_fit(recipe: Recipe, text: Text, minutes: float, display: Display
         seconds.append(time.perf_counter() - began)
     text.loader.load_state(state)
     fitting = int(60 * minutes * _TIMED_STEPS / sum(seconds[1:]))
-    return max(_FEWEST_STEPS, min(recipe.pretrain.steps, fitting))
+    return min(recipe.pretrain.steps, max(_FEWEST_STEPS, fitting))
 
 
-def _measure(trained: Trained, recipe: Recipe, out: Path, display: Display) -> dict[str, Any]:
+def _measure(
+    trained: Trained, recipe: Recipe, folder: RunFolder, display: Display
+) -> dict[str, Any]:
     """Add baselines and a generated function to the run's figures; draw its loss."""
     from ziphius.cli.function import write_function
     from ziphius.data.loader import select_heldout
@@ -94,7 +102,6 @@ def _measure(trained: Trained, recipe: Recipe, out: Path, display: Display) -> d
     from ziphius.evaluation.baselines import NgramModel, xz_bits_per_byte
     from ziphius.inference.writer import Writer
     from ziphius.report.loss import draw_loss
-    from ziphius.training.folder import RunFolder
 
     corpus = trained.text.corpus
     heldout = select_heldout(corpus.heldout, recipe.run.validate_bytes)
@@ -116,14 +123,14 @@ def _measure(trained: Trained, recipe: Recipe, out: Path, display: Display) -> d
         "generated_seed": function.seed,
         "generated_is_valid_python": function.parses,
     }
-    folder = RunFolder(out)
     folder.write_summary(summary)
-    draw_loss(
-        folder.metrics,
-        out / "loss.png",
-        baselines={"n-gram": summary["ngram_bpb"], "xz": summary["xz_bpb"]},
-        heldout=(summary["heldout_bpb_before"], summary["heldout_bpb_after"]),
-    )
+    if summary["steps"] > 1:
+        draw_loss(
+            folder.metrics,
+            folder.path / "loss.png",
+            baselines={"n-gram": summary["ngram_bpb"], "xz": summary["xz_bpb"]},
+            heldout=(summary["heldout_bpb_before"], summary["heldout_bpb_after"]),
+        )
     return summary
 
 
@@ -131,6 +138,8 @@ def _tell(console: Console, summary: dict[str, Any], out: Path) -> None:
     from rich.panel import Panel
     from rich.syntax import Syntax
     from rich.table import Table
+
+    from ziphius.cli.display import program
 
     valid = "valid" if summary["generated_is_valid_python"] else "not valid"
     title = f"a function it wrote (seed {summary['generated_seed']}, {valid} Python)"
@@ -159,7 +168,8 @@ def _tell(console: Console, summary: dict[str, Any], out: Path) -> None:
         f"{summary['train_seconds']:.0f} s: {summary['tokens_per_s']:,.0f} tokens/s, "
         f"{summary['peak_memory_gib']:.1f} GiB at most\n"
         f"{out}: checkpoint/, metrics.jsonl, summary.json, loss.png\n"
-        f"next: ziphius generate {out} 'class' --temperature 0.7",
+        f"next: {program()} generate {shlex.quote(str(out))} 'class' --temperature 0.7",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )

@@ -38,7 +38,7 @@ class _Trunk(Table):
     max_position_embeddings: int = Field(4096, ge=1)
     rms_norm_eps: float = Field(1e-6, gt=0)
     initializer_range: float | None = Field(None, gt=0)
-    bos_token_id: int = 0
+    bos_token_id: int = Field(0, ge=0)
     eos_token_id: int | tuple[int, ...] = 1
 
 

@@ -33,13 +33,17 @@ class _Optimizer(Table):
 
 class _Objective(Table):
     bias_update_speed: float = Field(0.001, ge=0)
+    bias_update_stop_step: int | None = Field(None, ge=0)
     balance_loss_weight: float = Field(0.0001, ge=0)
     balance_loss_choices: Literal["unbiased", "real"] = "unbiased"
     mtp_loss_weight: float = Field(0.3, ge=0)
 
 
 class PretrainConfig(_Length, _Optimizer, _Objective):
-    """Batches are counted in sequences; ``batch_size`` is one optimizer step's, over all ranks."""
+    """Batches are counted in sequences; ``batch_size`` is one optimizer step's, over all ranks.
+
+    ``bias_update_speed`` is gamma; after ``bias_update_stop_step`` it is 0 and biases are frozen.
+    """
 
     @model_validator(mode="after")
     def _batches_divide(self) -> PretrainConfig:

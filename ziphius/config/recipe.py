@@ -39,6 +39,11 @@ class Recipe(Table):
                 f"tokenizer.vocab_size = {self.tokenizer.vocab_size} and model.vocab_size = "
                 f"{self.model.vocab_size} differ: set both to the same value"
             )
+        if (self.model.bos_token_id, self.model.eos_token_id) != (0, 1):
+            raise ValueError(
+                f"model.bos_token_id = {self.model.bos_token_id} and model.eos_token_id = "
+                f"{self.model.eos_token_id}: a recipe trains V3's tokenizer, with 0 and 1"
+            )
         needed = self.pretrain.sequence_length
         if needed > self.model.max_position_embeddings:
             raise ValueError(

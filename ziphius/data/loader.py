@@ -14,8 +14,7 @@ from tokenizers import Tokenizer
 from ziphius.config.errors import BadInput
 from ziphius.data.corpus import Document
 from ziphius.data.tokenizer import BOS_ID, EOS_ID, plain_text_tokenizer
-
-IGNORED_TARGET = -100
+from ziphius.kernels.loss import IGNORED
 
 Progress = Callable[[int, int], None]
 
@@ -132,7 +131,7 @@ class Loader:
     def _epoch_tokens(self, epoch: int) -> NDArray[np.int32]:
         if epoch not in self._epochs:
             order = sorted(range(len(self._names)), key=lambda i: self._key(epoch, i))
-            # A window of rows is shorter than an epoch, so it touches two of them at most.
+            # A window of rows is hardly longer than an epoch, so older ones are not needed again.
             self._epochs = {e: t for e, t in self._epochs.items() if abs(e - epoch) == 1}
             self._epochs[epoch] = np.concatenate([self._pieces[i] for i in order])
         return self._epochs[epoch]
@@ -147,7 +146,7 @@ class HeldoutRows:
     """Held-out text as rows. All int64, on the CPU.
 
     ``targets_MT[m, t]`` follows ``tokens_MT[m, t]``. The last row is filled with EOS inputs whose
-    targets are ``IGNORED_TARGET``. ``bytes`` counts the text's UTF-8 bytes.
+    targets are ``IGNORED``. ``bytes`` counts the text's UTF-8 bytes.
     """
 
     tokens_MT: torch.Tensor
@@ -167,7 +166,7 @@ def heldout_rows(
     targets = len(stream) - 1
     rows = -(-targets // sequence_length)
     tokens_MT = np.full(rows * sequence_length, EOS_ID, dtype=np.int64)
-    targets_MT = np.full(rows * sequence_length, IGNORED_TARGET, dtype=np.int64)
+    targets_MT = np.full(rows * sequence_length, IGNORED, dtype=np.int64)
     tokens_MT[:targets] = stream[:-1]
     targets_MT[:targets] = stream[1:]
     return HeldoutRows(

@@ -114,14 +114,23 @@ def load_tokenizer(path: Path) -> Tokenizer:
     tokens at ids 0, 1 and 2.
     """
     file = path / TOKENIZER_FILE if path.is_dir() else path
+    tokenizer = read_tokenizer(file)
+    _require_v3(tokenizer, file)
+    return tokenizer
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """Read any ``tokenizer.json``, with truncation and padding switched off.
+
+    Raises BadInput for a file that is missing or corrupt.
+    """
     if not file.is_file():
-        raise BadInput(f"tokenizer {path}: no {TOKENIZER_FILE} found: give the file or its folder")
+        raise BadInput(f"tokenizer {file}: no {TOKENIZER_FILE} found: give the file or its folder")
     try:
         tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
     except Exception as error:  # the library raises nothing more precise
         reason = " ".join(str(error).split())
         raise BadInput(f"tokenizer {file}: cannot be read as a tokenizer: {reason}") from None
-    _require_v3(tokenizer, file)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

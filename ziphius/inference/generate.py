@@ -14,6 +14,7 @@ from ziphius.model.transformer import Transformer
 
 # A byte that does not complete a character decodes to this; more bytes may mend it.
 REPLACEMENT = "\ufffd"
+PREFILL_CHUNK = 512
 
 
 @torch.no_grad()
@@ -38,6 +39,11 @@ def generate_tokens(
     steps = min(params.max_tokens, room)
     cache = LatentCache(model, batch=1, capacity=len(prompt) + steps) if cached else None
     ids, fed = list(prompt), 0
+    if cache is not None:
+        # All but the last chunk of a long prompt, so that scores are never prompt times prompt.
+        while len(ids) - fed > PREFILL_CHUNK:
+            model.trunk(torch.tensor([ids[fed : fed + PREFILL_CHUNK]], device=device), cache)
+            fed += PREFILL_CHUNK
     for _ in range(steps):
         hidden_BTD, _ = model.trunk(torch.tensor([ids[fed:]], device=device), cache)
         fed = len(ids) if cached else 0
@@ -62,6 +68,10 @@ def generate_text(
 
     ``first_ids`` (the beginning-of-sentence token) go before the prompt's own tokens.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise BadInput("the prompt is not valid UTF-8: give text in UTF-8") from None
     ids = [*first_ids, *tokenizer.encode(prompt, add_special_tokens=False).ids]
     return stream_decode(tokenizer, generate_tokens(model, ids, params, stop_ids))
 

@@ -24,6 +24,8 @@ class SamplingParams:
             raise BadInput(f"max tokens = {self.max_tokens}: at least 1 is needed")
         if not 0 <= self.temperature < float("inf"):
             raise BadInput(f"temperature = {self.temperature}: use 0 (greedy) or more")
+        if not 0 <= self.seed < 2**63:
+            raise BadInput(f"seed = {self.seed}: use a number from 0 to 2**63 - 1")
         if not 0 < self.top_p <= 1:
             raise BadInput(f"top-p = {self.top_p}: use a share above 0, up to 1")
 

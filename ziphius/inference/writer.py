@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ziphius.checkpoint.huggingface import TOKENIZER_FILE, checkpoint_folder, load
-from ziphius.config.errors import BadInput
+from ziphius.data.tokenizer import read_tokenizer
 from ziphius.inference.generate import generate_text
 from ziphius.inference.sampler import SamplingParams
 from ziphius.model.transformer import Transformer
@@ -42,14 +42,8 @@ def load_writer(path: Path, dtype: str | None = None, *, mtp: bool = True) -> Wr
     Raises BadInput as ``load`` does, and when there is no readable tokenizer.json.
     """
     folder = checkpoint_folder(path)
-    file = folder / TOKENIZER_FILE
-    if not file.is_file():
-        raise BadInput(f"{folder}: no {TOKENIZER_FILE}: put the model's tokenizer there")
+    tokenizer = read_tokenizer(folder / TOKENIZER_FILE)
     model = load(folder, dtype, mtp=mtp)
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception for a malformed file
-        raise BadInput(f"{file}: not readable as a tokenizer: {error}") from None
     last = model.config.eos_token_id
     stop_ids = frozenset(last if isinstance(last, tuple) else (last,))
     return Writer(model, tokenizer, (model.config.bos_token_id,), stop_ids)

@@ -38,7 +38,10 @@ SELECTIVE = (
 
 
 def apply_recompute(model: Transformer, how: Literal["none", "selective", "full"]) -> None:
-    """Make a model recompute activations in backward, as ``parallel.recompute`` says."""
+    """Make a model recompute activations in backward, as ``parallel.recompute`` says.
+
+    *Selective* works in ``Transformer.features``, the forward pass of training.
+    """
     if how == "selective":
         _recompute_functions(model)
     elif how == "full":

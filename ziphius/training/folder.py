@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ziphius.checkpoint.files import replace_directory, write_atomic
-from ziphius.checkpoint.state import STATE_FOLDER
+from ziphius.checkpoint.config_json import CONFIG_FILE
+from ziphius.checkpoint.files import MANIFEST, is_weight_file, replace_directory, write_atomic
 from ziphius.config.errors import BadInput
 from ziphius.config.recipe import Recipe, dump_recipe
 
@@ -25,88 +26,102 @@ _RECIPE, _METRICS, _SUMMARY = "recipe.toml", "metrics.jsonl", "summary.json"
 
 
 class RunFolder:
-    """The folder of one run."""
+    """The folder of one run.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.metrics = path / _METRICS
-        self.checkpoint = path / "checkpoint"
+    With ``replace`` a run that is there already moves aside to ``NAME.previous``, where one earlier
+    run is kept; a run that was broken off never takes the place of a finished one there.
+    """
 
-    @classmethod
-    def create(cls, path: Path, recipe: Recipe, *, replace: bool = False) -> RunFolder:
-        """Begin a run in a folder that is new or empty.
+    def __init__(self, path: Path, *, replace: bool = False) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.replace = replace
+        self.metrics = self.path / _METRICS
+        self.checkpoint = self.path / "checkpoint"
+        self.previous = self.path.with_name(self.path.name + ".previous")
 
-        With ``replace`` an earlier run there moves aside to ``NAME.previous``, which is all that is
-        kept of runs before. Raises BadInput for a folder that holds an earlier run (without
-        ``replace``) or anything else, and when it cannot be made.
-        """
-        cls.require_room(path, replace=replace)
-        try:
-            if path.is_dir() and any(path.iterdir()):
-                _move_aside(path)
-            path.mkdir(parents=True, exist_ok=True)
-            write_atomic(path / _RECIPE, dump_recipe(recipe).encode())
-            (path / _METRICS).touch()
-        except OSError as error:
-            raise BadInput(f"--out {path}: {error.strerror}: choose another folder") from None
-        return cls(path)
-
-    @staticmethod
-    def require_room(path: Path, *, replace: bool = False) -> None:
-        """Raise BadInput unless ``create`` may begin a run there. Nothing is changed."""
-        if not path.is_dir():
-            if path.exists():
-                raise BadInput(f"--out {path}: is a file: choose a folder")
-            return
-        if any(path.iterdir()):
-            if not _is_run(path):
-                raise BadInput(f"--out {path}: holds files that are no run: choose another folder")
-            if not replace:
+    def require_room(self) -> None:
+        """Raise BadInput unless a run may begin here. Nothing is changed."""
+        with _one_line(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise BadInput(f"--out {self.path}: is a file: choose a folder")
+            if not _names(self.path):
+                return
+            if not _is_run(self.path):
                 raise BadInput(
-                    f"--out {path}: holds a run already: choose another folder or remove it"
+                    f"--out {self.path}: holds files that are no run: choose another folder"
                 )
-            if _previous(path).exists() and not _is_run(_previous(path)):
-                raise BadInput(f"--out {path}: {_previous(path)} is no run and in the way: move it")
+            if not self.replace:
+                raise BadInput(
+                    f"--out {self.path}: holds a run already: choose another folder or remove it"
+                )
+            if _names(self.previous) and not _is_run(self.previous):
+                raise BadInput(f"--out {self.path}: {self.previous} is no run and in the way")
+
+    def create(self, recipe: Recipe) -> None:
+        """Begin the run: make room, and write its recipe."""
+        self.require_room()
+        with _one_line(self.path):
+            if _names(self.path):
+                self._move_aside()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_recipe(recipe)
+            self.metrics.touch()
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Write recipe.toml, whole or not at all."""
+        write_atomic(self.path / _RECIPE, dump_recipe(recipe).encode())
 
     def stage(self, name: str) -> Path:
         """Return the checkpoint folder of a stage, its parent made."""
         folder = self.path / "stages" / name
-        folder.mkdir(parents=True, exist_ok=True)
+        with _one_line(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         return folder / "checkpoint"
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl, whole and on its way to the disk."""
-        line = json.dumps(record) + "\n"
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(line)
+        """Add one line to metrics.jsonl, in one write."""
+        with _one_line(self.metrics), self.metrics.open("ab", buffering=0) as file:
+            file.write((json.dumps(record) + "\n").encode())
 
     def publish(self, stage: str) -> None:
-        """Make a stage's checkpoint the run's final one: the same files, without its state."""
+        """Make a stage's checkpoint the run's final one: the same files, without its state.
+
+        Weights are shared with the stage's, where the file system can; small files are copies.
+        """
         source = self.stage(stage)
         with replace_directory(self.checkpoint) as folder:
             for path in source.iterdir():
-                if path.is_file() and path.name != "manifest.json":
-                    _link_or_copy(path, folder / path.name)
-            assert not (folder / STATE_FOLDER).exists(), "a published checkpoint holds no run state"
+                if path.is_file() and path.name != MANIFEST:
+                    copy = _link_or_copy if is_weight_file(path.name) else shutil.copy2
+                    copy(path, folder / path.name)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, whole or not at all."""
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
         write_atomic(self.path / _SUMMARY, text.encode())
 
+    def _move_aside(self) -> None:
+        if _is_finished(self.previous) and not _is_finished(self.path):
+            shutil.rmtree(self.path)
+            return
+        if self.previous.exists():
+            shutil.rmtree(self.previous)
+        self.path.rename(self.previous)
+
+
+def _names(path: Path) -> list[str]:
+    """List a folder, without what a writer that died has left of its recipe."""
+    if not path.is_dir():
+        return []
+    return [name for name in os.listdir(path) if not name.startswith(f".{_RECIPE}.writing-")]
+
 
 def _is_run(path: Path) -> bool:
-    return (path / _RECIPE).is_file() and (path / _METRICS).is_file()
+    return (path / _RECIPE).is_file()
 
 
-def _previous(path: Path) -> Path:
-    return path.with_name(path.name + ".previous")
-
-
-def _move_aside(path: Path) -> None:
-    if _previous(path).exists():
-        shutil.rmtree(_previous(path))
-    path.rename(_previous(path))
+def _is_finished(path: Path) -> bool:
+    return (path / "checkpoint" / CONFIG_FILE).is_file()
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -114,3 +129,15 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Say in one line that a file of the run cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(
+            f"{path}: {error.strerror}: free space or permissions are missing; choose another "
+            "folder with --out"
+        ) from error

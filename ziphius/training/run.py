@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import resource
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,8 +25,9 @@ from ziphius.model.precision import DTYPES, Precision
 from ziphius.model.transformer import Transformer
 from ziphius.parallel.recompute import apply_recompute
 from ziphius.training.folder import RunFolder
+from ziphius.training.machine import peak_memory_gib, usable_threads
 from ziphius.training.optimizer import AdamW
-from ziphius.training.schedule import learning_rate
+from ziphius.training.schedule import bias_update_speed, learning_rate
 from ziphius.training.step import train_step
 from ziphius.training.validate import bits_per_byte
 
@@ -75,10 +73,10 @@ def resolve(recipe: Recipe) -> Recipe:
     recipe.precision.require_available()
     try:
         torch.empty(0, device=recipe.run.device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         first_line = str(error).splitlines()[0]
         raise BadInput(f"run.device = '{recipe.run.device}': {first_line}") from None
-    threads = recipe.run.threads or os.cpu_count() or 1
+    threads = recipe.run.threads or usable_threads()
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"threads": threads})})
 
 
@@ -96,10 +94,11 @@ def prepare_text(recipe: Recipe, watch: Watch) -> Text:
         watch.say(f"training a byte-level BPE tokenizer of {recipe.tokenizer.vocab_size} tokens")
         texts = (document.text for document in corpus.train)
         tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size)
-    if tokenizer.get_vocab_size() > recipe.model.vocab_size:
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= recipe.model.vocab_size:
         raise BadInput(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, model.vocab_size is "
-            f"{recipe.model.vocab_size}: set model.vocab_size to at least that"
+            f"the tokenizer has token ids up to {largest}, model.vocab_size is "
+            f"{recipe.model.vocab_size}: set model.vocab_size to more than that"
         )
     watch.say("encoding the text")
     length = recipe.pretrain.sequence_length
@@ -125,24 +124,29 @@ def build_model(recipe: Recipe) -> Transformer:
 
 def pretrain(
     recipe: Recipe,
-    open_folder: Callable[[Recipe], RunFolder],
+    folder: RunFolder,
     watch: Watch,
+    *,
     text: Text | None = None,
+    seconds: float | None = None,
 ) -> Trained:
     """Run the recipe's pre-training into a run folder; return the model and every figure.
 
-    ``recipe`` is resolved. ``open_folder`` makes the folder, before anything long begins. ``text``
-    is what ``prepare_text`` made of the same recipe, if the caller has it already.
+    ``recipe`` is resolved. ``text`` is what ``prepare_text`` made of the same recipe, if the caller
+    has it already. ``seconds`` bounds the training: where the clock is ahead of the steps, the
+    schedule follows the clock, and ends with it. The folder's recipe then gets the steps that were
+    made. Nothing is written before the text is known to be usable.
     """
     torch.set_num_threads(recipe.run.threads)
-    folder = open_folder(recipe)
+    folder.require_room()
     text = text or prepare_text(recipe, watch)
+    folder.create(recipe)
     model = build_model(recipe)
     optimizer = AdamW(model.parameters(), recipe.pretrain)
     watch.say(f"bits per byte of the untrained model; kernels: {model.kernels}")
     before = _validate(model, text.heldout)
     watch.say(f"training {recipe.pretrain.steps} steps")
-    figures = _train(recipe, model, optimizer, text, folder, watch)
+    figures = _train(recipe, model, optimizer, text, folder, watch, seconds or math.inf)
     watch.say("bits per byte of the trained model")
     after = _validate(model, text.heldout)
     _write_checkpoint(recipe, model, optimizer, text, folder)
@@ -151,7 +155,7 @@ def pretrain(
         **figures,
         "heldout_bpb_before": before,
         "heldout_bpb_after": after,
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_memory_gib": peak_memory_gib(),
         "torch": torch.__version__,
         "kernels": str(model.kernels),
     }
@@ -166,6 +170,7 @@ def _train(
     text: Text,
     folder: RunFolder,
     watch: Watch,
+    seconds: float,
 ) -> dict[str, Any]:
     config, piece_bytes = recipe.pretrain, token_bytes(text.tokenizer)
     batch_tokens = config.batch_size * config.sequence_length
@@ -173,9 +178,12 @@ def _train(
     record: dict[str, Any] = {}
     for step in range(1, config.steps + 1):
         step_began = time.perf_counter()
-        rate = learning_rate(config, step)
+        clock = config.steps * (step_began - began) / seconds
+        rate = learning_rate(config, max(step, clock))
         tokens_BS = text.loader.next_batch()
-        result = train_step(model, optimizer, tokens_BS.to(recipe.run.device), config, rate)
+        speed = bias_update_speed(config, step)
+        batch = tokens_BS.to(recipe.run.device)
+        result = train_step(model, optimizer, batch, config, rate, speed)
         target_bytes = int(np.take(piece_bytes, tokens_BS[:, 1:].numpy()).sum())
         record = {
             "step": step,
@@ -192,12 +200,16 @@ def _train(
         }
         folder.append_metrics(record)
         watch.step(record, config.steps)
-    seconds = time.perf_counter() - began
+        if time.perf_counter() - began >= seconds:
+            made = recipe.pretrain.model_copy(update={"steps": step})
+            folder.write_recipe(recipe.model_copy(update={"pretrain": made}))
+            break
+    took = time.perf_counter() - began
     return {
-        "steps": config.steps,
+        "steps": record["step"],
         "tokens": record["tokens"],
-        "train_seconds": seconds,
-        "tokens_per_s": record["tokens"] / seconds,
+        "train_seconds": took,
+        "tokens_per_s": record["tokens"] / took,
         "final_loss": record["loss"],
         "final_mtp_loss": record["mtp_loss"],
         "final_max_violation": record["max_violation"],

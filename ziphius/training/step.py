@@ -33,10 +33,12 @@ def train_step(
     tokens_BS: Tensor,
     config: PretrainConfig,
     learning_rate: float,
+    bias_speed: float | None = None,
 ) -> StepResult:
     """Run forward and backward over the micro-batches, then update weights and routing biases.
 
-    ``tokens`` is the global batch, int64 ``[batch_size, T + 1]``. Raises ZiphiusError when the loss
+    ``tokens`` is the global batch, int64 ``[batch_size, T + 1]``. ``bias_speed`` is gamma, by
+    default the recipe's. Raises ZiphiusError when the loss
     or the gradients' norm is not finite; the weights are as before the step then.
     """
     sequences, targets = tokens_BS.shape[0], tokens_BS[:, 1:].numel()
@@ -58,6 +60,7 @@ def train_step(
             "not finite; lower pretrain.learning_rate or lengthen pretrain.warmup_steps"
         )
     optimizer.step(learning_rate)
-    update_biases(model, loads, config.bias_update_speed)
+    speed = config.bias_update_speed if bias_speed is None else bias_speed
+    update_biases(model, loads, speed)
     main, mtp, balance, total = sums.tolist()
     return StepResult(main, mtp, balance, total, grad_norm, loads.max_violation())
