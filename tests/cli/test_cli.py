@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import ziphius
 from ziphius.cli.app import run
+from ziphius.training.folder import RunFolder
+from ziphius.training.run import pretrain
 
 SMALL = [
     "model.vocab_size=300",
@@ -225,7 +227,7 @@ def test_bad_settings_are_refused_before_anything_is_written(
     more = settings(text, "model.topk_group=1", "model.n_group=2", setting)
     error = refusal(capsys, "pretrain", "tiny", "--out", str(out), *more)
     assert said in error
-    assert not (out / "checkpoint").exists()
+    assert not out.exists()
 
 
 def test_a_run_is_never_written_over(
@@ -240,6 +242,100 @@ def test_a_run_is_never_written_over(
         error = refusal(capsys, *verb, "--out", str(tmp_path), "--steps", "2", *settings(text))
         assert "no run" in error
     assert (tmp_path / "letter.txt").read_text("utf-8") == "mine"
+
+
+def test_a_broken_off_run_never_displaces_a_finished_one(text: Path, tmp_path: Path) -> None:
+    out, previous = tmp_path / "quickstart", tmp_path / "quickstart.previous"
+    arguments = ["quickstart", "--out", str(out), "--steps", "2", *settings(text)]
+    assert ziphius_exits(*arguments) == 0
+    finished = (out / "summary.json").read_bytes()
+    for _ in range(2):
+        if (out / "checkpoint").exists():
+            out.rename(previous)
+        else:
+            shutil.rmtree(out)
+        out.mkdir()
+        (out / "recipe.toml").write_text("", "utf-8")  # killed right after it began
+        assert ziphius_exits(*arguments) == 0
+        assert (out / "checkpoint" / "config.json").is_file()
+        assert (previous / "summary.json").read_bytes() == finished
+        shutil.rmtree(out / "checkpoint")
+
+
+def test_what_a_killed_writer_left_is_no_obstacle(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".recipe.toml.writing-1-00000000-00000000").write_text("", "utf-8")
+    assert (
+        ziphius_exits("pretrain", "tiny", "--out", str(out), "--steps", "2", *settings(text)) == 0
+    )
+
+
+def test_the_clock_ends_a_training_and_the_recipe_says_so(text: Path, tmp_path: Path) -> None:
+    recipe = ziphius.load_recipe("tiny", [*SMALL, f"data.source={text}", "pretrain.steps=50"])
+    folder = RunFolder(tmp_path / "run")
+
+    class Silent:
+        def say(self, text: str) -> None: ...
+
+        def step(self, record: dict[str, Any], steps: int) -> None: ...
+
+    trained = pretrain(recipe, folder, Silent(), seconds=1e-3)
+    records = metrics(folder.path)
+    assert trained.summary["steps"] == len(records) < 50
+    written = ziphius.load_recipe(str(folder.path / "recipe.toml"))
+    assert written.pretrain.steps == len(records)
+    later = [record["lr"] for record in records[1:]]
+    assert all(rate == recipe.pretrain.final_learning_rate for rate in later)
+
+
+@pytest.mark.parametrize("arguments", [["--minutes", "nan"], ["--minutes", "inf"]])
+def test_quickstart_wants_a_number_of_minutes(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "minutes" in refusal(capsys, "quickstart", "--out", str(tmp_path / "q"), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "said"),
+    [
+        ("\udcff", [], "UTF-8"),
+        ("x", ["--seed", str(10**20)], "seed"),
+        ("x", ["--temperature", "nan"], "temperature"),
+        ("x", ["--dtype", "int8"], "dtype"),
+        ("x" * 3000, [], "shorten the prompt"),
+    ],
+)
+def test_bad_requests_are_refused(
+    prompt: str, options: list[str], said: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refusal(capsys, "generate", str(trained), prompt, *options)
+
+
+def test_paths_with_brackets_are_shown_as_they_are(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a[b]" / "[/c]"
+    assert (
+        ziphius_exits("pretrain", "tiny", "--out", str(out), "--steps", "2", *settings(text)) == 0
+    )
+    assert str(out) in capsys.readouterr().out
+
+
+def test_an_unforeseen_error_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("ziphius.config.recipe.load_recipe", broken)
+    assert ziphius_exits("inspect", "tiny") == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "RuntimeError: two lines" in err
+    monkeypatch.setattr(sys, "argv", ["ziphius", "--debug", "inspect", "tiny"])
+    with pytest.raises(RuntimeError):
+        run()
 
 
 def test_another_architecture_is_refused(
@@ -300,6 +396,18 @@ def test_a_full_disk_loses_nothing(trained: Path, tmp_path: Path) -> None:
     assert failed.stderr.count("\n") == 1, failed.stderr
     assert "space" in failed.stderr or "too large" in failed.stderr, failed.stderr
     assert list(tmp_path.iterdir()) == []
+    # A run that cannot write its checkpoint ends in one line too.
+    arguments = [str(trained / "recipe.toml"), "--out", str(tmp_path / "run")]
+    failed = subprocess.run(
+        [*command[:3], "pretrain", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=limit,
+        check=False,
+    )
+    assert failed.returncode == 2, failed.stderr
+    assert failed.stderr.count("\n") == 1, failed.stderr
     assert files(trained / "checkpoint") == before
 
 

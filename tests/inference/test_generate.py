@@ -197,3 +197,12 @@ def test_an_empty_text_needs_a_first_token(tokenizer: Tokenizer) -> None:
     with pytest.raises(BadInput, match="empty"):
         list(generate_text(model, tokenizer, "", params))
     assert list(itertools.islice(generate_text(model, tokenizer, "", params, first_ids=[0]), 1))
+
+
+def test_a_long_prompt_in_chunks_gives_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(precision=F64)
+    prompt = random_tokens(model.config, 1, 23)[0].tolist()
+    whole = generated(model, prompt, max_tokens=10, cached=False)
+    for chunk in (1, 5, 22, 23, 24):
+        monkeypatch.setattr("ziphius.inference.generate.PREFILL_CHUNK", chunk)
+        assert generated(model, prompt, max_tokens=10) == whole

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ziphius.config.pretrain import PretrainConfig
-from ziphius.training.schedule import learning_rate
+from ziphius.config.recipe import load_recipe
+from ziphius.training.schedule import bias_update_speed, learning_rate
 
 
 def settings(**changes: Any) -> PretrainConfig:
@@ -74,3 +75,15 @@ def test_rises_then_falls_and_stays_between_the_ends(
     # A resumed run may ask beyond the end: the rate stays there.
     after = learning_rate(config, max(steps, warmup) + 7)
     assert after == pytest.approx(final, abs=slack)
+
+
+def test_gamma_is_constant_and_then_zero() -> None:
+    config = load_recipe("671b").pretrain
+    frozen = 14.8e12 - 14.3e12
+    tokens_a_step = config.batch_size * config.sequence_length
+    stop = config.bias_update_stop_step
+    assert stop is not None
+    assert (config.steps - stop) * tokens_a_step == pytest.approx(frozen, rel=1e-3)
+    assert bias_update_speed(config, 1) == bias_update_speed(config, stop) == 0.001
+    assert bias_update_speed(config, stop + 1) == bias_update_speed(config, config.steps) == 0
+    assert bias_update_speed(load_recipe("tiny").pretrain, 10**9) > 0

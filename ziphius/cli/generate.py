@@ -36,6 +36,8 @@ def generate(
     prompts = [prompt] if prompt is not None else _read_prompts(input_file)
     params = SamplingParams(max_tokens, temperature, top_p, seed)
     writer = load_writer(checkpoint, dtype, mtp=not without_mtp)
+    for text in prompts:
+        writer.check(text)
     for number, text in enumerate(prompts):
         print("\n---\n" if number else "", end="")
         print(text, end="", flush=True)

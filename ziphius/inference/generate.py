@@ -32,8 +32,8 @@ def generate_tokens(
     is the slow specification of the cached, absorbed one. Raises BadInput for an empty prompt, ids
     outside the vocabulary, and a prompt that fills ``max_position_embeddings``.
     """
+    check_prompt(model, prompt)
     room = model.config.max_position_embeddings - len(prompt)
-    _check_prompt(model, prompt, room)
     device = model.lm_head.weight.device
     generator = torch.Generator().manual_seed(params.seed)
     steps = min(params.max_tokens, room)
@@ -68,12 +68,17 @@ def generate_text(
 
     ``first_ids`` (the beginning-of-sentence token) go before the prompt's own tokens.
     """
+    ids = encode_prompt(tokenizer, prompt, first_ids)
+    return stream_decode(tokenizer, generate_tokens(model, ids, params, stop_ids))
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, first_ids: Sequence[int] = ()) -> list[int]:
+    """Return ``first_ids`` and the prompt's tokens. Raises BadInput for text that is not UTF-8."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise BadInput("the prompt is not valid UTF-8: give text in UTF-8") from None
-    ids = [*first_ids, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    return stream_decode(tokenizer, generate_tokens(model, ids, params, stop_ids))
+    return [*first_ids, *tokenizer.encode(prompt, add_special_tokens=False).ids]
 
 
 def stream_decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
@@ -89,7 +94,8 @@ def stream_decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
         yield tokenizer.decode(pending, skip_special_tokens=False)
 
 
-def _check_prompt(model: Transformer, prompt: Sequence[int], room: int) -> None:
+def check_prompt(model: Transformer, prompt: Sequence[int]) -> None:
+    """Raise BadInput for a prompt that ``generate_tokens`` cannot go on from."""
     if not prompt:
         raise BadInput("the prompt is empty: give at least one token to go on from")
     V = model.config.vocab_size
@@ -99,7 +105,7 @@ def _check_prompt(model: Transformer, prompt: Sequence[int], room: int) -> None:
             f"token id {outside[0]} is outside the model's vocabulary of {V}: "
             "the tokenizer belongs to another model"
         )
-    if room < 1:
+    if len(prompt) >= model.config.max_position_embeddings:
         raise BadInput(
             f"the prompt has {len(prompt)} tokens and the model's context "
             f"{model.config.max_position_embeddings}: shorten the prompt"

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from ziphius.checkpoint.huggingface import TOKENIZER_FILE, checkpoint_folder, load
 from ziphius.data.tokenizer import read_tokenizer
-from ziphius.inference.generate import generate_text
+from ziphius.inference.generate import check_prompt, encode_prompt, generate_text
 from ziphius.inference.sampler import SamplingParams
 from ziphius.model.transformer import Transformer
 
@@ -23,6 +23,10 @@ class Writer:
     tokenizer: Tokenizer
     first_ids: tuple[int, ...]
     stop_ids: frozenset[int]
+
+    def check(self, prompt: str) -> None:
+        """Raise BadInput for a prompt that cannot be gone on from."""
+        check_prompt(self.model, encode_prompt(self.tokenizer, prompt, self.first_ids))
 
     def write(self, prompt: str, params: SamplingParams) -> Iterator[str]:
         """Yield pieces of the text after ``prompt`` as they are generated."""
