@@ -23,13 +23,14 @@ class Function(NamedTuple):
 
 def write_function(writer: Writer) -> Function:
     """Return the first of ``TRIES`` samples that is valid Python of more than a line, else the
-    first sample.
+    one of most lines.
     """
-    samples = (_sample(writer, seed) for seed in range(TRIES))
-    first = next(samples)
-    if first.parses:
-        return first
-    return next((sample for sample in samples if sample.parses), first)
+    samples = []
+    for seed in range(TRIES):
+        samples.append(_sample(writer, seed))
+        if samples[-1].parses:
+            return samples[-1]
+    return max(samples, key=lambda sample: sample.text.count("\n"))
 
 
 def _sample(writer: Writer, seed: int) -> Function:
