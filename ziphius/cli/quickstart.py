@@ -143,7 +143,7 @@ def _tell(console: Console, summary: dict[str, Any], out: Path) -> None:
 
     valid = "valid" if summary["generated_is_valid_python"] else "not valid"
     title = f"a function it wrote (seed {summary['generated_seed']}, {valid} Python)"
-    function = Syntax(summary["generated"], "python")
+    function = Syntax(summary["generated"], "python", word_wrap=True)
     console.print()
     console.print(Panel(function, title=title, expand=False, width=max(len(title) + 6, 80)))
     table = Table(
