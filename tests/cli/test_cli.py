@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +166,12 @@ def test_quickstart_ends_with_every_figure_it_promises(
 
 def test_quickstart_times_steps_to_fit_the_minutes(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "quickstart"
-    more = settings(text, "pretrain.steps=21")
+    more = settings(text, "pretrain.steps=100000")
     assert ziphius_exits("quickstart", "--out", str(out), "--minutes", "0.01", *more) == 0
     summary = json.loads((out / "summary.json").read_text("utf-8"))
-    assert 20 <= summary["steps"] <= 21
+    assert 1 <= summary["steps"] < 10_000
     assert len(metrics(out)) == summary["steps"]
+    assert ziphius.load_recipe(str(out / "recipe.toml")).pretrain.steps == summary["steps"]
 
 
 def test_generate_streams_prompts_and_repeats_by_seed(
@@ -419,3 +422,25 @@ def test_a_traceback_is_shown_on_request_only(tmp_path: Path) -> None:
     assert "Traceback" not in plain.stderr
     debug = subprocess.run([*command, "--debug", *bad], capture_output=True, text=True, timeout=60)
     assert "Traceback" in debug.stderr
+
+
+def test_ctrl_c_stops_with_a_word_and_its_code(text: Path, tmp_path: Path) -> None:
+    """A real signal, as soon as the first step is written."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "ziphius", "pretrain", "tiny", "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "--steps", "100000", *settings(text)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() or not metrics(out):
+        assert time.monotonic() < deadline, "the run never began"
+        assert process.poll() is None, "the run ended by itself"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.strip()) == (130, "stopped")
+    assert metrics(out), "every line that was written is whole"

@@ -72,13 +72,17 @@ def run() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
-        make_app()(arguments, standalone_mode=False)
+        # typer returns the code of its own exits, and 130 for Ctrl-C.
+        code = make_app()(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        _leave("stopped", 130)
+        code = 130
     except Exception as error:
         if "--debug" in arguments:
             raise
         _leave(*_told(error))
+    if code == 130:
+        _leave("stopped", 130)
+    raise SystemExit(code or 0)
 
 
 def _told(error: Exception) -> tuple[str, int]:
