@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from tests.support import F64, tiny_config
+from tests.support import F64, random_model, random_tokens, tiny_config
 from ziphius.config.model import ModelConfig
 from ziphius.kernels.select import Kernels
-from ziphius.model.dispatch import sort_by_expert
+from ziphius.model.dispatch import sort_by_slot
 from ziphius.model.experts import ExpertStore, StackedExperts
 from ziphius.model.ffn import MixtureOfExperts
 from ziphius.model.precision import Precision
 from ziphius.model.router import Routing
+from ziphius.model.transformer import Transformer
+from ziphius.model.weights import named_weights
 
 WIDTH = 6
 
@@ -186,7 +189,7 @@ def test_sorting_is_stable_and_gates_travel_with_their_rows() -> None:
     chosen_NK = torch.tensor([[2, 0], [1, 2], [2, 1]])
     weights_NK = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
     routing = Routing(chosen_NK, weights_NK, torch.zeros(3, 4))
-    sort = sort_by_expert(routing, 4)
+    sort = sort_by_slot(routing.chosen_NK, 4)
     assert sort.order_M.tolist() == [1, 2, 5, 0, 3, 4]  # flat (token, choice), by expert
     assert sort.counts_E.tolist() == [1, 2, 3, 0]
     assert sort.inverse_M[sort.order_M].tolist() == list(range(6))
@@ -212,3 +215,44 @@ def test_stored_experts_have_their_published_names_the_gate_first() -> None:
         named["3.up_proj.weight"].fill_(7)
     assert (store.gate_up_proj[3, 4:] == 7).all(), "the tensors must be views"
     assert not (store.gate_up_proj[3, :4] == 7).any()
+
+
+def with_slots(slots: tuple[int, ...]) -> Transformer:
+    """The model of ``random_model`` with its experts in other slots, loaded by their names."""
+    plain = random_model(precision=F64)
+    weights = dict(named_weights(plain))
+    model = copy.deepcopy(plain)
+    for _, _, block in model.blocks():
+        if isinstance(block.mlp, MixtureOfExperts):
+            store = StackedExperts(model.config, F64, None, slots)
+            block.mlp.experts.store = store
+    with torch.no_grad():
+        for name, tensor in named_weights(model):
+            tensor.copy_(weights[name])
+    return model
+
+
+@pytest.mark.parametrize("slots", [(7, 6, 5, 4, 3, 2, 1, 0), (0, 1, 2, 3, 4, 5, 6, 7, 2, 2, 5)])
+def test_experts_in_other_slots_and_in_several_compute_the_same(slots: tuple[int, ...]) -> None:
+    plain, model = random_model(precision=F64), with_slots(slots)
+    tokens_BT = random_tokens(plain.config, 2, 12)
+    torch.testing.assert_close(model(tokens_BT), plain(tokens_BT), rtol=1e-12, atol=1e-12)
+    assert {n: t.shape for n, t in named_weights(model)} == {
+        n: t.shape for n, t in named_weights(plain)
+    }
+    routing = model.trunk(tokens_BT)[1][1]
+    assert torch.equal(routing.chosen_NK, plain.trunk(tokens_BT)[1][1].chosen_NK)
+
+
+def test_copies_of_an_expert_take_turns() -> None:
+    store = StackedExperts(tiny_config(), F64, None, (0, 1, 2, 3, 4, 5, 6, 7, 2, 2))
+    chosen_NK = torch.tensor([[2, 0], [2, 1], [2, 3], [2, 5], [7, 2]])
+    assert store.slots(chosen_NK).tolist() == [[2, 0], [8, 1], [9, 3], [2, 5], [7, 8]]
+
+
+def test_an_expert_that_is_not_resident_is_named() -> None:
+    store = StackedExperts(tiny_config(), F64, None, (0, 1, 4))
+    assert store.slots(torch.tensor([[4, 0], [1, 4]])).tolist() == [[2, 0], [1, 2]]
+    with pytest.raises(ValueError, match=r"\[2, 3\]"):
+        store.slots(torch.tensor([[0, 2], [3, 1]]))
+    assert len(dict(store.named_experts())) == 9

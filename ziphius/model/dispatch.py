@@ -14,10 +14,10 @@ from ziphius.model.router import Routing, expert_counts
 
 @dataclass(frozen=True)
 class LocalSort:
-    """The rows of one rank sorted by expert: the last thing that stage ``attend`` decides.
+    """The rows of one rank sorted by the slot of their expert, which ends stage ``attend``.
 
     ``order[m]`` is the flat (token, choice) index of row ``m``, ``inverse`` its inverse,
-    ``counts`` the int64 ``[E]`` rows of every expert.
+    ``counts`` the int64 ``[E]`` rows of every slot.
     """
 
     order_M: Tensor
@@ -36,14 +36,14 @@ class Sent:
     sort: LocalSort
 
 
-def sort_by_expert(routing: Routing, n_experts: int) -> LocalSort:
-    """Sort (token, choice) pairs by expert; equal experts keep the order of their tokens."""
-    flat_M = routing.chosen_NK.flatten()
+def sort_by_slot(slots_NK: Tensor, n_slots: int) -> LocalSort:
+    """Sort (token, choice) pairs by the slot of their expert; in a slot tokens keep their order."""
+    flat_M = slots_NK.flatten()
     order_M = flat_M.argsort(stable=True)
     inverse_M = torch.empty_like(order_M)
     inverse_M[order_M] = torch.arange(len(order_M), device=order_M.device)
-    counts_E = expert_counts(flat_M, n_experts)
-    return LocalSort(order_M, inverse_M, counts_E, routing.chosen_NK.shape[1])
+    counts_E = expert_counts(flat_M, n_slots)
+    return LocalSort(order_M, inverse_M, counts_E, slots_NK.shape[1])
 
 
 class Dispatcher(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,34 @@ from ziphius.model.precision import Precision
 
 
 class ExpertStore(nn.Module, ABC):
-    """Slots that hold experts: kernels take a store and the segments of its slots' rows.
+    """Slots that hold experts: kernels take a store's slots and the segments of their rows.
 
     ``slot_to_expert[s]`` is the logical expert in slot ``s``; more than one slot may hold the same
     one, and experts that are nowhere in the list are not resident.
     """
 
+    n_experts: int
     slot_to_expert: tuple[int, ...]
+
+    def slots(self, chosen_NK: Tensor) -> Tensor:
+        """Return the slot that serves each chosen expert, int64 ``[N, K]``.
+
+        Tokens take the copies of an expert in turn. Raises ValueError for an expert that is not
+        resident.
+        """
+        if self.slot_to_expert == tuple(range(self.n_experts)):
+            return chosen_NK
+        copies: list[list[int]] = [[] for _ in range(self.n_experts)]
+        for slot, expert in enumerate(self.slot_to_expert):
+            copies[expert].append(slot)
+        if absent := {int(e) for e in chosen_NK.unique() if not copies[int(e)]}:
+            raise ValueError(f"experts {sorted(absent)} are chosen and not resident")
+        most = max(len(slots) for slots in copies)
+        turns = [[slots[i % len(slots)] if slots else 0 for i in range(most)] for slots in copies]
+        numbers = torch.tensor([max(1, len(slots)) for slots in copies], device=chosen_NK.device)
+        token_N1 = torch.arange(len(chosen_NK), device=chosen_NK.device).unsqueeze(1)
+        table = torch.tensor(turns, device=chosen_NK.device)
+        return table[chosen_NK, token_N1 % numbers[chosen_NK]]
 
     @abstractmethod
     def gate_up(self, dtype: torch.dtype) -> Tensor:
@@ -36,19 +57,26 @@ class ExpertStore(nn.Module, ABC):
 
     @abstractmethod
     def named_experts(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (``EXPERT.gate_proj.weight`` and so on, writable view) of each resident expert."""
+        """Yield (``EXPERT.gate_proj.weight`` and so on, writable view) of every slot's expert."""
 
 
 class StackedExperts(ExpertStore):
-    """Every expert in one stacked tensor, one slot each."""
+    """The slots in one stacked tensor; by default every expert in a slot, in order."""
 
-    def __init__(self, config: ModelConfig, precision: Precision, device: Device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: Precision,
+        device: Device,
+        slot_to_expert: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
-        E, F, D = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-        self.slot_to_expert = tuple(range(E))
-        dtype = precision.storage
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F, D, dtype=dtype, device=device))
-        self.down_proj = nn.Parameter(torch.empty(E, D, F, dtype=dtype, device=device))
+        self.n_experts = config.n_routed_experts
+        F, D = config.moe_intermediate_size, config.hidden_size
+        self.slot_to_expert = tuple(slot_to_expert or range(self.n_experts))
+        S, dtype = len(self.slot_to_expert), precision.storage
+        self.gate_up_proj = nn.Parameter(torch.empty(S, 2 * F, D, dtype=dtype, device=device))
+        self.down_proj = nn.Parameter(torch.empty(S, D, F, dtype=dtype, device=device))
 
     def gate_up(self, dtype: torch.dtype) -> Tensor:
         return self.gate_up_proj.to(dtype)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ziphius.config.model import ModelConfig
 from ziphius.kernels.select import Kernels
 from ziphius.kernels.swiglu import swiglu
-from ziphius.model.dispatch import Dispatcher, LocalDispatcher, LocalSort, Sent, sort_by_expert
+from ziphius.model.dispatch import Dispatcher, LocalDispatcher, LocalSort, Sent, sort_by_slot
 from ziphius.model.experts import RoutedExperts
 from ziphius.model.layers import Device, Linear
 from ziphius.model.precision import Precision
@@ -99,7 +99,6 @@ class MixtureOfExperts(nn.Module):
         self, config: ModelConfig, precision: Precision, kernels: Kernels, device: Device
     ) -> None:
         super().__init__()
-        self.n_experts = config.n_routed_experts
         self.gate = Router(config, precision, device)
         self.experts = RoutedExperts(config, precision, kernels, device)
         shared_width = config.n_shared_experts * config.moe_intermediate_size
@@ -108,7 +107,9 @@ class MixtureOfExperts(nn.Module):
 
     def route(self, u_ND: Tensor, chosen_NK: Tensor | None) -> Routed | None:
         routing = self.gate(u_ND, chosen_NK)
-        return Routed(routing, sort_by_expert(routing, self.n_experts))
+        store = self.experts.store
+        slots_NK = store.slots(routing.chosen_NK)
+        return Routed(routing, sort_by_slot(slots_NK, len(store.slot_to_expert)))
 
     def dispatch(self, u_ND: Tensor, routed: Routed | None) -> Sent | Tensor:
         assert routed is not None, "a mixture layer dispatches what it has routed"

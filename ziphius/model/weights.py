@@ -15,7 +15,8 @@ ROUTING_BIAS = "e_score_correction_bias"
 def named_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor) of every weight, routing biases included.
 
-    The tensors are views of the model's own storage: copying into one sets the weight. Embedding
+    The tensors are views of the model's own storage: copying into one sets the weight. An expert in
+    several slots is yielded once a slot, under one name. Embedding
     and head are shared with the MTP modules and yielded once; the copies that a published
     checkpoint holds are the business of ``checkpoint/keys.py``.
     """
