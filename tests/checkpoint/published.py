@@ -8,11 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support import tiny_config
+from ziphius.checkpoint.huggingface import load
+from ziphius.config.errors import BadInput
 from ziphius.config.model import ModelConfig
 from ziphius.model.transformer import Transformer
 from ziphius.model.weights import named_weights
@@ -209,3 +212,14 @@ def assert_same(found: Transformer, expected: dict[str, Tensor]) -> None:
     for name, tensor in expected.items():
         assert tensors[name].dtype == tensor.dtype, name
         assert torch.equal(tensors[name], tensor), name
+
+
+def refused(path: Path, **options: Any) -> str:
+    """The one line with which a checkpoint is refused."""
+    with pytest.raises(BadInput) as caught:
+        load(path, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert caught.value.exit_code == 2
+    assert str(path) in text or "model.layers" in text
+    return text

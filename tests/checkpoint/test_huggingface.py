@@ -15,6 +15,7 @@ from tests.checkpoint.published import (
     change,
     change_config,
     read_all,
+    refused,
     weights,
 )
 from tests.support import hf_config, random_model, random_tokens, tiny_config
@@ -25,24 +26,6 @@ from ziphius.model.precision import Precision
 from ziphius.model.weights import named_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-def refused(path: Path, **options: Any) -> str:
-    """The one line with which a checkpoint is refused."""
-    with pytest.raises(BadInput) as caught:
-        load(path, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert caught.value.exit_code == 2
-    assert str(path) in text or "model.layers" in text
-    return text
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """A small checkpoint with one MTP module, and its manifest."""
-    save(random_model(), tmp_path / "saved")
-    return tmp_path / "saved"
 
 
 # Round trips

@@ -10,32 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.published import assert_same, weights
+from tests.checkpoint.published import assert_same, refused, weights
 from tests.support import random_model
 from ziphius.checkpoint import shards
 from ziphius.checkpoint.files import replace_directory
 from ziphius.checkpoint.huggingface import checkpoint_folder, load, save, write_model
 from ziphius.checkpoint.state import write_state
 from ziphius.config.errors import BadInput
-
-
-def refused(path: Path, **options: Any) -> str:
-    """The one line with which a checkpoint is refused."""
-    with pytest.raises(BadInput) as caught:
-        load(path, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert caught.value.exit_code == 2
-    assert str(path) in text or "model.layers" in text
-    return text
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """A small checkpoint with one MTP module, and its manifest."""
-    save(random_model(), tmp_path / "saved")
-    return tmp_path / "saved"
-
 
 # Where the checkpoint is
 

@@ -147,7 +147,7 @@ def _tell(console: Console, summary: dict[str, Any], out: Path) -> None:
     console.print()
     console.print(Panel(function, title=title, expand=False, width=max(len(title) + 6, 80)))
     table = Table(
-        title="bits per byte on held-out packages (less is better)",
+        title="held-out bits per byte (less is better)",
         show_header=False,
         title_justify="left",
     )
