@@ -12,6 +12,7 @@ from pydantic import model_validator
 
 from ziphius.config.data import DataConfig
 from ziphius.config.errors import BadInput
+from ziphius.config.guard import GuardConfig
 from ziphius.config.model import ModelConfig
 from ziphius.config.parallel import ParallelConfig
 from ziphius.config.precision import PrecisionConfig
@@ -30,6 +31,7 @@ class Recipe(Table):
     data: DataConfig = DataConfig()
     precision: PrecisionConfig = PrecisionConfig()
     parallel: ParallelConfig = ParallelConfig()
+    guard: GuardConfig = GuardConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")

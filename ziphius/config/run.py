@@ -15,14 +15,20 @@ class RunConfig(Table):
     """What a run needs to be repeated: its seed, its threads and its device.
 
     ``threads`` belongs to the recipe because sums over threads differ in their last bits;
-    0 takes as many as the process may use and writes it down. ``validate_bytes`` bounds the
-    held-out text.
+    0 takes as many as the process may use and writes it down. A checkpoint is written every
+    ``checkpoint_every`` steps, and the newest ``keep_checkpoints`` are kept. Held-out text, at most
+    ``validate_bytes`` of it, is measured every ``validate_every`` steps; 0 measures it before and
+    after only. ``tensorboard`` writes event files beside ``metrics.jsonl``.
     """
 
     seed: int = Field(0, ge=0)
     threads: int = Field(0, ge=0)
     device: str = "cpu"
+    checkpoint_every: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=2)
     validate_bytes: int = Field(600_000, ge=1)
+    validate_every: int = Field(0, ge=0)
+    tensorboard: bool = False
 
     @field_validator("device")
     @classmethod
