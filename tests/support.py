@@ -5,6 +5,7 @@ Import it as ``from tests.support import tiny_config, random_model, randomise``.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 
 from ziphius.config.model import ModelConfig
+from ziphius.config.pretrain import PretrainConfig
+from ziphius.data.rows import Batch
 from ziphius.kernels.select import Kernels
 from ziphius.model.precision import Precision
 from ziphius.model.transformer import Transformer
 from ziphius.model.weights import named_weights
+from ziphius.training.schedule import StepSettings, settings_at
 
 if TYPE_CHECKING:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -93,6 +97,21 @@ def random_tokens(
     """Draw token ids, int64 ``[batch, length]``, from ``low`` up to the vocabulary's end."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(low, config.vocab_size, (batch, length), generator=generator)
+
+
+def as_batch(tokens_BS: Tensor) -> Batch:
+    """Return rows that are one document each."""
+    return Batch(tokens_BS, torch.zeros_like(tokens_BS, dtype=torch.int32))
+
+
+def random_batch(config: ModelConfig, batch: int, length: int, *, seed: int = 0) -> Batch:
+    """Draw rows of one document each."""
+    return as_batch(random_tokens(config, batch, length, seed=seed))
+
+
+def step_settings(config: PretrainConfig, rate: float) -> StepSettings:
+    """Return the settings of a first step, with its own learning rate."""
+    return replace(settings_at(config, 1, 0), learning_rate=rate)
 
 
 def hf_config(config: ModelConfig, **changes: Any) -> DeepseekV3Config:

@@ -72,6 +72,36 @@ def test_large_scores_do_not_overflow(version: str) -> None:
     assert VERSIONS[version](q * 1e3, k * 1e3, v, 1.0).isfinite().all()
 
 
+# --- documents ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@settings(max_examples=25)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(0, 10**6))
+def test_queries_see_the_earlier_keys_of_their_document(
+    version: str, numbers: int, T: int, seed: int
+) -> None:
+    """One query after the other over the keys it may see, documents in pieces included."""
+    torch.manual_seed(seed)
+    q, k, v = qkv(2, 2, T, 4, 3)
+    documents_BT = torch.randint(-1, numbers, (2, T))
+    out = VERSIONS[version](q, k, v, 0.7, documents_BT)
+    for b, t in itertools.product(range(2), range(T)):
+        seen = [s for s in range(t + 1) if documents_BT[b, s] == documents_BT[b, t]]
+        scores_Hs = 0.7 * torch.einsum("hd,hsd->hs", q[b, :, t], k[b, :, seen])
+        expected = torch.einsum("hs,hsv->hv", scores_Hs.softmax(-1), v[b, :, seen])
+        torch.testing.assert_close(out[b, :, t], expected)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_gradients_inside_documents(version: str) -> None:
+    inputs = [x.requires_grad_() for x in qkv(2, 2, 5, 4, 3)]
+    documents_BT = torch.tensor([[0, 0, 1, 1, 1], [4, 2, 2, -1, -1]])
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: VERSIONS[version](q, k, v, 0.6, documents_BT), inputs
+    )
+
+
 # --- the latent form ------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support import F32, F64, random_model, random_tokens
+from tests.support import F32, F64, random_batch, random_model, random_tokens, step_settings
 from ziphius.config.pretrain import PretrainConfig
 from ziphius.inference.cache import LatentCache
 from ziphius.kernels.select import Kernels
@@ -44,9 +44,13 @@ def build(how: str, precision: Precision = F32, **changes: Any) -> Transformer:
 
 
 def forward(model: Transformer, seed: int = 0, batch: int = 4) -> tuple[Losses, ExpertLoads]:
-    tokens_BS = random_tokens(model.config, batch, 11, seed=seed)
     parts, routings = losses(
-        model, tokens_BS, SETTINGS, target_count=batch * 10, sequence_count=batch
+        model,
+        random_batch(model.config, batch, 11, seed=seed),
+        SETTINGS,
+        mtp_loss_weight=SETTINGS.mtp_loss_weight,
+        target_count=batch * 10,
+        sequence_count=batch,
     )
     loads = ExpertLoads(model.config.n_routed_experts)
     loads.add(routings)
@@ -112,11 +116,9 @@ def test_a_training_is_bitwise_that_of_none(how: str, precision: Precision) -> N
     ends = []
     for choice in ("none", how):
         model = build(choice, precision, num_nextn_predict_layers=2)
-        optimizer = AdamW(model.parameters(), config)
+        optimizer, rate = AdamW(model.parameters(), config), step_settings(config, 1e-2)
         results = [
-            train_step(
-                model, optimizer, random_tokens(model.config, 4, 11, seed=step), config, 1e-2
-            )
+            train_step(model, optimizer, random_batch(model.config, 4, 11, seed=step), config, rate)
             for step in range(3)
         ]
         ends.append((results, {n: t.clone() for n, t in named_weights(model)}))

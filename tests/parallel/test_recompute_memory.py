@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.support import F32, random_model, random_tokens
+from tests.support import F32, random_batch, random_model, random_tokens
 from ziphius.config.pretrain import PretrainConfig
 from ziphius.model.experts import RoutedExperts
 from ziphius.model.ffn import MixtureOfExperts, SwiGLU
@@ -144,9 +144,11 @@ def watched(watch: Watch, model: Transformer) -> Iterator[None]:
 
 def forward(watch: Watch, model: Transformer) -> Losses:
     """A forward pass whose losses alone are kept."""
-    tokens_BS = random_tokens(model.config, B, T + 1)
+    batch = random_batch(model.config, B, T + 1)
     with watched(watch, model):
-        parts, _ = losses(model, tokens_BS, SETTINGS, target_count=B * T, sequence_count=B)
+        parts, _ = losses(
+            model, batch, SETTINGS, mtp_loss_weight=0.3, target_count=B * T, sequence_count=B
+        )
     return parts
 
 
@@ -188,8 +190,10 @@ def test_selective_keeps_no_output_of_what_it_computes_again(
     for how in ("none", "selective"):
         outputs.clear()
         model = build(how, precision, num_nextn_predict_layers=0, v_head_dim=11)
-        tokens_BS = random_tokens(model.config, B, T + 1)
-        parts = losses(model, tokens_BS, SETTINGS, target_count=B * T, sequence_count=B)[0]
+        batch = random_batch(model.config, B, T + 1)
+        parts, _ = losses(
+            model, batch, SETTINGS, mtp_loss_weight=0.3, target_count=B * T, sequence_count=B
+        )
         gc.collect()
         assert len(outputs) >= 2
         counts[how] = sum(not output.expired() for output in outputs)

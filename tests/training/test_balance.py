@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.support import F32, random_model, random_tokens, tiny_config
+from tests.support import F32, random_batch, random_model, step_settings, tiny_config
 from ziphius.config.pretrain import PretrainConfig
 from ziphius.model.ffn import MixtureOfExperts
 from ziphius.model.init import initialise
@@ -134,7 +134,8 @@ def test_regression_mtp_router_biases_are_never_updated(depth: int) -> None:
     assert set(before) == {1, 2, *(3 + k for k in range(depth))}
     config = settings(bias_update_speed=0.01)
     optimizer = AdamW(model.parameters(), config)
-    train_step(model, optimizer, random_tokens(model.config, 8, 13), config, 1e-3)
+    batch = random_batch(model.config, 8, 13)
+    train_step(model, optimizer, batch, config, step_settings(config, 1e-3))
     for layer, bias in biases(model).items():
         moved = (bias - before[layer]).abs()
         assert moved.max() == pytest.approx(0.01, rel=1e-4), f"layer {layer} stands still"
@@ -144,13 +145,8 @@ def test_speed_zero_freezes_biases() -> None:
     model = random_model()
     before = {layer: bias.clone() for layer, bias in biases(model).items()}
     config = settings(bias_update_speed=0.0)
-    train_step(
-        model,
-        AdamW(model.parameters(), config),
-        random_tokens(model.config, 8, 13),
-        config,
-        1e-3,
-    )
+    batch, optimizer = random_batch(model.config, 8, 13), AdamW(model.parameters(), config)
+    train_step(model, optimizer, batch, config, step_settings(config, 1e-3))
     assert all(torch.equal(bias, before[layer]) for layer, bias in biases(model).items())
 
 
@@ -168,7 +164,8 @@ def test_bias_is_no_parameter_and_has_no_gradient() -> None:
     config = settings()
     optimizer = AdamW(model.parameters(), config)
     held = {tensor.data_ptr() for tensor in optimizer.parameters}
-    train_step(model, optimizer, random_tokens(model.config, 8, 13), config, 1e-3)
+    batch = random_batch(model.config, 8, 13)
+    train_step(model, optimizer, batch, config, step_settings(config, 1e-3))
     for bias in biases(model).values():
         assert bias.data_ptr() not in held
         assert not bias.requires_grad
@@ -224,10 +221,10 @@ def violations(speed: float, steps: int = 40) -> list[float]:
         balance_loss_weight=0.0,
         moments="float32",
     )
-    optimizer = AdamW(model.parameters(), config)
+    optimizer, rate = AdamW(model.parameters(), config), step_settings(config, 1e-4)
     return [
         train_step(
-            model, optimizer, random_tokens(model.config, 16, 13, seed=step), config, 1e-4
+            model, optimizer, random_batch(model.config, 16, 13, seed=step), config, rate
         ).max_violation
         for step in range(steps)
     ]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.support import F32, F64, random_model, random_tokens
+from tests.support import F32, F64, as_batch, random_model, random_tokens
 from ziphius.config.pretrain import PretrainConfig
 from ziphius.model.precision import Precision
 from ziphius.model.router import Routing
@@ -40,8 +40,9 @@ def compute(
 ) -> tuple[Losses, Any]:
     return losses(
         model,
-        tokens_BS,
+        as_batch(tokens_BS),
         config,
+        mtp_loss_weight=config.mtp_loss_weight,
         target_count=sequences * (tokens_BS.shape[1] - 1),
         sequence_count=sequences,
     )

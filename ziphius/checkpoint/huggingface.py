@@ -29,6 +29,7 @@ from ziphius.model.transformer import Transformer
 from ziphius.model.weights import ROUTING_BIAS, named_weights
 
 TOKENIZER_FILE = "tokenizer.json"
+STEP_PREFIX = "step-"
 
 
 def load(
@@ -61,9 +62,19 @@ def load(
         reading = WeightReader(reader, config, quantization_block(raw))
         reading.require_complete(skip_mtp=not mtp)
         model = Transformer(config, precision, device="meta").to_empty(device=device)
-        for name, weight in named_weights(model):
-            weight.copy_(reading.read(name, torch.promote_types(weight.dtype, torch.float32)))
+        reading.read_into(model)
     return model.eval()
+
+
+def read_weights(model: Transformer, folder: Path) -> None:
+    """Set every weight of a model from a Hugging Face folder of the same configuration.
+
+    Raises BadInput, before anything is set, for missing, unused or misshapen tensors.
+    """
+    with ShardReader(folder) as reader:
+        reading = WeightReader(reader, model.config, quantization_block(raw_config(folder)))
+        reading.require_complete(skip_mtp=False)
+        reading.read_into(model)
 
 
 def examine(path: str | Path) -> keys.Comparison:
@@ -146,6 +157,12 @@ class WeightReader:
         self._require_equal_copies()
         return comparison
 
+    @torch.no_grad()
+    def read_into(self, model: Transformer) -> None:
+        """Set every weight of a model, tensor by tensor."""
+        for name, weight in named_weights(model):
+            weight.copy_(self.read(name, torch.promote_types(weight.dtype, torch.float32)))
+
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return one weight, dequantised to ``dtype`` if it is FP8, else as it is stored."""
         tensor = self.reader.read(name)
@@ -183,14 +200,28 @@ class WeightReader:
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """Return the Hugging Face folder that ``path`` means: itself, or a run's final checkpoint."""
-    for folder in (path, path / "checkpoint"):
+    """Return the Hugging Face folder that ``path`` means: itself, a run's final checkpoint, or the
+    newest one of a run that has not ended.
+    """
+    for folder in (path, path / "checkpoint", *stage_checkpoints(path / "stages" / "pretrain")):
         recover_directory(folder)
         if (folder / CONFIG_FILE).is_file():
             return folder
     if not path.is_dir():
         raise BadInput(f"{path}: no such folder: give a Hugging Face folder or a run folder")
     raise BadInput(f"{path}: no {CONFIG_FILE} there or in its checkpoint/: not a checkpoint")
+
+
+def stage_checkpoints(stage: Path) -> list[Path]:
+    """List the checkpoints of a stage of a run, ``step-N``, the newest first."""
+    if not stage.is_dir():
+        return []
+    numbered = [
+        (int(path.name.removeprefix(STEP_PREFIX)), path)
+        for path in stage.iterdir()
+        if path.name.removeprefix(STEP_PREFIX).isdecimal() and path.name.startswith(STEP_PREFIX)
+    ]
+    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:

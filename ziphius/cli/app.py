@@ -88,7 +88,8 @@ def run() -> None:
 def _told(error: Exception) -> tuple[str, int]:
     """Return an error's one line and the exit code."""
     if isinstance(error, ZiphiusError):
-        return f"error: {error}", error.exit_code
+        stopped = error.exit_code > 128  # by a signal, with everything saved: no error
+        return str(error) if stopped else f"error: {error}", error.exit_code
     if hasattr(error, "format_message"):  # the command line's own: unknown options and the like
         return f"error: {error.format_message()} (see --help)", 2
     said = " ".join(str(error).split()) or "no message"

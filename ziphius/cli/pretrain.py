@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,36 +14,62 @@ from ziphius.cli import options
 
 def pretrain(
     recipe: options.Recipe,
-    out: Annotated[Path, typer.Option(help="The run's folder; it must be new or empty.")],
+    out: Annotated[Path, typer.Option(help="The run's folder; new or empty, unless resumed.")],
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in --out from its newest checkpoint."),
+    ] = False,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps; short for pretrain.steps.")
+        int | None, typer.Option(min=1, help="Optimizer steps, in place of the recipe's length.")
     ] = None,
     overrides: options.Overrides = None,
 ) -> None:
     """Pre-train the network of a RECIPE on its text.
 
-    The folder gets recipe.toml (every setting), metrics.jsonl (a line a step), summary.json and
-    checkpoint/, a Hugging Face directory.
+    The folder gets recipe.toml (every setting), metrics.jsonl (a line a step), checkpoints as often
+    as run.checkpoint_every says, report.html, summary.json and checkpoint/, a Hugging Face
+    directory.
 
-    Example: ziphius pretrain tiny --out runs/one --steps 20 --set pretrain.learning_rate=1e-3
+    Ctrl-C and SIGTERM finish the step and save. The same command with --resume goes on, bit for bit
+    as if nothing had happened; without a checkpoint it starts from the beginning.
+
+    Example: ziphius pretrain tiny --out runs/one --steps 20 --set data.source=my-texts
     """
     from rich.console import Console
     from rich.markup import escape
 
     from ziphius.cli.display import Display, program
+    from ziphius.cli.signals import saving_on_signals
     from ziphius.config.recipe import load_recipe
+    from ziphius.report.page import write_report
     from ziphius.training import run
     from ziphius.training.folder import RunFolder
+    from ziphius.training.loop import Stopped
 
-    changes = [*(overrides or []), *([f"pretrain.steps={steps}"] if steps else [])]
-    resolved = run.resolve(load_recipe(recipe, changes))
+    length = [f"pretrain.steps={steps}", "pretrain.tokens=null"] if steps else []
+    chosen = load_recipe(recipe, [*(overrides or []), *length])
     console = Console()
-    with Display(console) as display:
-        trained = run.pretrain(resolved, RunFolder(out), display)
+    folder = RunFolder(out, resume=resume)
+    try:
+        with Display(console) as display:
+            stopping = partial(saving_on_signals, console)
+            trained = run.pretrain(chosen, folder, display, stopping=stopping)
+    except Stopped as stopped:
+        raise stopped.saying(f"go on with: {resume_command(out)}") from None
+    report = write_report(folder.path)
     before, after = (trained.summary[f"heldout_bpb_{when}"] for when in ("before", "after"))
     console.print(
         f"\nheld-out text: {before:.3f} bits per byte before, [bold]{after:.3f}[/bold] after\n"
-        f"next: {escape(program())} generate {escape(shlex.quote(str(out)))} 'def'",
+        f"next: {escape(program())} generate {escape(shlex.quote(str(out)))} 'def'\n"
+        f"report: {escape(str(report))}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def resume_command(out: Path) -> str:
+    """Return the command that goes on with a run, whatever began it."""
+    from ziphius.cli.display import program
+
+    recipe = shlex.quote(str(out / "recipe.toml"))
+    return f"{program()} pretrain {recipe} --out {shlex.quote(str(out))} --resume"

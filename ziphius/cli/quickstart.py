@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from ziphius.cli.display import Display
     from ziphius.config.recipe import Recipe
     from ziphius.training.folder import RunFolder
-    from ziphius.training.run import Text, Trained
+    from ziphius.training.run import Trained
+    from ziphius.training.text import Text
 
 # Steps that are timed, after one that is not, to see how many fit into the minutes.
 _TIMED_STEPS = 3
@@ -45,10 +47,15 @@ def quickstart(
     from rich.console import Console
 
     from ziphius.cli.display import Display
+    from ziphius.cli.pretrain import resume_command
+    from ziphius.cli.signals import saving_on_signals
     from ziphius.config.errors import BadInput
     from ziphius.config.recipe import load_recipe
+    from ziphius.report.page import write_report
     from ziphius.training import run
     from ziphius.training.folder import RunFolder
+    from ziphius.training.loop import Stopped
+    from ziphius.training.text import prepare_text
 
     if not math.isfinite(minutes):
         raise BadInput(f"--minutes {minutes}: give a number of minutes")
@@ -57,13 +64,20 @@ def quickstart(
     console = Console()
     with Display(console) as display:
         recipe = run.resolve(load_recipe("tiny", overrides or ()))
-        text = run.prepare_text(recipe, display)
+        text = prepare_text(recipe, display)
         chosen = steps or _steps_that_fit(recipe, text, minutes, display)
         recipe = run.resolve(load_recipe("tiny", [*(overrides or ()), f"pretrain.steps={chosen}"]))
-        limit = None if steps else 60 * minutes * _OVERTIME
-        trained = run.pretrain(recipe, folder, display, text=text, seconds=limit)
+        limit = math.inf if steps else 60 * minutes * _OVERTIME
+        stopping = partial(saving_on_signals, console)
+        try:
+            trained = run.pretrain(
+                recipe, folder, display, text=text, seconds=limit, stopping=stopping
+            )
+        except Stopped as stopped:
+            raise stopped.saying(f"go on with: {resume_command(out)}") from None
         summary = _measure(trained, recipe, folder, display)
-    _tell(console, summary, out)
+        report = write_report(folder.path)
+    _tell(console, summary, out, report)
 
 
 def _steps_that_fit(recipe: Recipe, text: Text, minutes: float, display: Display) -> int:
@@ -74,22 +88,24 @@ def _steps_that_fit(recipe: Recipe, text: Text, minutes: float, display: Display
 
     from ziphius.training.optimizer import AdamW
     from ziphius.training.run import build_model
+    from ziphius.training.schedule import count_steps, settings_at
     from ziphius.training.step import train_step
 
     display.say(f"timing {_TIMED_STEPS} steps of a throw-away model")
     torch.set_num_threads(recipe.run.threads)
+    config = recipe.pretrain
     model = build_model(recipe)
-    optimizer = AdamW(model.parameters(), recipe.pretrain)
-    state = text.loader.state()
+    optimizer = AdamW(model.parameters(), config)
+    state, settings = text.loader.state(), settings_at(config, 1, 0)
     seconds = []
     for _ in range(1 + _TIMED_STEPS):
         began = time.perf_counter()
-        tokens_BS = text.loader.next_batch().to(recipe.run.device)
-        train_step(model, optimizer, tokens_BS, recipe.pretrain, 0.0)
+        batch = text.loader.next_batch(settings.batch_size).to(recipe.run.device)
+        train_step(model, optimizer, batch, config, settings)
         seconds.append(time.perf_counter() - began)
     text.loader.load_state(state)
     fitting = int(60 * minutes * _TIMED_STEPS / sum(seconds[1:]))
-    return min(recipe.pretrain.steps, max(_FEWEST_STEPS, fitting))
+    return min(count_steps(config), max(_FEWEST_STEPS, fitting))
 
 
 def _measure(
@@ -97,7 +113,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Add baselines and a generated function to the run's figures; draw its loss."""
     from ziphius.cli.function import write_function
-    from ziphius.data.loader import select_heldout
+    from ziphius.data.heldout import select_heldout
     from ziphius.data.tokenizer import BOS_ID, EOS_ID
     from ziphius.evaluation.baselines import NgramModel, xz_bits_per_byte
     from ziphius.inference.writer import Writer
@@ -126,7 +142,7 @@ def _measure(
     folder.write_summary(summary)
     if summary["steps"] > 1:
         draw_loss(
-            folder.metrics,
+            folder.metrics.path,
             folder.path / "loss.png",
             baselines={"n-gram": summary["ngram_bpb"], "xz": summary["xz_bpb"]},
             heldout=(summary["heldout_bpb_before"], summary["heldout_bpb_after"]),
@@ -134,7 +150,7 @@ def _measure(
     return summary
 
 
-def _tell(console: Console, summary: dict[str, Any], out: Path) -> None:
+def _tell(console: Console, summary: dict[str, Any], out: Path, report: Path) -> None:
     from rich.panel import Panel
     from rich.syntax import Syntax
     from rich.table import Table
@@ -168,7 +184,8 @@ def _tell(console: Console, summary: dict[str, Any], out: Path) -> None:
         f"{summary['train_seconds']:.0f} s: {summary['tokens_per_s']:,.0f} tokens/s, "
         f"{summary['peak_memory_gib']:.1f} GiB at most\n"
         f"{out}: checkpoint/, metrics.jsonl, summary.json, loss.png\n"
-        f"next: {program()} generate {shlex.quote(str(out))} 'class' --temperature 0.7",
+        f"next: {program()} generate {shlex.quote(str(out))} 'class' --temperature 0.7\n"
+        f"report: {report}",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ziphius.config.table import Table
 
@@ -13,21 +13,25 @@ class SourceConfig(Table):
     """One source of a mixture.
 
     ``path`` is ``stdlib`` (the interpreter's own standard library, without its tests), a file or a
-    folder of text, JSONL (also .gz and .zst) or Parquet, a folder that ``ziphius prepare`` made, or
-    ``hf:OWNER/NAME``, a dataset of the Hugging Face hub. ``weight`` is the source's share of the
-    training tokens, relative to the other weights. ``text_field`` names the text in a record.
+    folder of text, JSON lines (also .gz and .zst) or Parquet, or ``hf:OWNER/NAME``, a dataset of
+    the Hugging Face hub; ``hf:OWNER/NAME:CONFIG@SPLIT`` names its parts. A folder that ``ziphius
+    prepare`` made is a whole mixture, and can only be the single source. ``weight`` is the source's
+    share of the training tokens, relative to the other weights. ``text_field`` names the text in a
+    record.
     """
 
-    path: str
+    path: str = Field(min_length=1)
     weight: float = Field(1.0, gt=0)
-    text_field: str = "text"
+    text_field: str = Field("text", min_length=1)
 
 
 class _Sources(Table):
-    source: str = "stdlib"
+    source: str = Field("stdlib", min_length=1)
     sources: tuple[SourceConfig, ...] = ()
-    text_field: str = "text"
+    text_field: str = Field("text", min_length=1)
     holdout_every: int = Field(20, ge=2)
+    holdout_bytes: int = Field(4_000_000, ge=1)
+    tokenizer_bytes: int = Field(100_000_000, ge=1)
 
 
 class _Cleaning(Table):
@@ -48,10 +52,17 @@ class _Rows(Table):
 class DataConfig(_Sources, _Cleaning, _Rows):
     """``source`` and ``text_field`` are short for one entry of ``sources``, the mixture.
 
-    Whole packages are held out for validation after duplicates are gone, about one in
-    ``holdout_every``, chosen by name so that the choice never moves. ``document_mask`` keeps
-    attention inside documents; the report's pre-training does not. ``workers`` are threads that
-    make batches ahead; the batches are the same for any number.
+    Held out for validation, after duplicates are gone, are whole packages of a folder and single
+    records, about one in ``holdout_every`` and at most ``holdout_bytes`` of each source, chosen by
+    name so that the choice hardly moves. A tokenizer that has to be trained sees
+    ``tokenizer_bytes`` of the mixture at most.
+
+    With ``clean``, texts shorter than ``min_characters`` are removed, and those where more than
+    ``max_repeated_lines`` of the lines repeat an earlier one. ``near`` removes texts whose sets of
+    five-word sequences have an estimated Jaccard similarity of ``near_threshold`` or more.
+
+    ``document_mask`` keeps attention inside documents; the report's pre-training does not.
+    ``workers`` are threads that make batches ahead; the batches are the same for any number.
     """
 
     @property
@@ -60,3 +71,12 @@ class DataConfig(_Sources, _Cleaning, _Rows):
         if self.sources:
             return self.sources
         return (SourceConfig(path=self.source, text_field=self.text_field),)
+
+    @model_validator(mode="after")
+    def _one_way_of_naming_sources(self) -> DataConfig:
+        if self.sources and (self.source, self.text_field) != ("stdlib", "text"):
+            raise ValueError(
+                "data.sources is the whole mixture: write data.source and data.text_field into "
+                "one of its entries"
+            )
+        return self

@@ -84,6 +84,16 @@ def dump_recipe(recipe: Recipe) -> str:
     return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
 
 
+def changed_keys(first: Recipe, second: Recipe) -> list[str]:
+    """List every ``table.key`` in which two recipes differ, sorted."""
+    one, other = (
+        {f"{table}.{key}": value for table, fields in recipe.model_dump().items()
+         for key, value in fields.items()}
+        for recipe in (first, second)
+    )
+    return sorted(key for key in one if one[key] != other[key])
+
+
 def _read_values(source: str) -> dict[str, Any]:
     if source in preset_names():
         text = (resources.files("ziphius.config") / "presets" / f"{source}.toml").read_text("utf-8")

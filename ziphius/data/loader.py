@@ -3,215 +3,183 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ziphius.config.errors import BadInput
-from ziphius.data.corpus import Document
-from ziphius.data.tokenizer import BOS_ID, EOS_ID, plain_text_tokenizer
-from ziphius.kernels.loss import IGNORED
+from ziphius.data.ahead import Ahead
+from ziphius.data.rows import Batch
+from ziphius.data.tokens import Tokens
+from ziphius.data.windows import WindowMaker, rows_per_epoch
 
-Progress = Callable[[int, int], None]
-
-_ENCODE_AT_ONCE = 64
+WINDOW_TOKENS = 2**24
+# Rows are shuffled within a window; in fewer than these, neighbours would be too much alike.
+_FEWEST_ROWS = 64
 
 
 class Loader:
-    """Batches of token ids for training.
+    """Batches for training from a mixture of sources.
 
-    Every document becomes BOS, its tokens, EOS. An epoch is all documents one after the other, in
-    an order that depends on the seed, the epoch and the documents' names alone; epochs follow one
-    another without end. This stream is cut into rows of ``sequence_length + 1`` tokens that share
-    their border token, so every token but the very first is a target exactly once an epoch.
-    Attention crosses document borders, as in the report's pre-training (facts 6.2).
+    Every source is an endless stream of its documents, epoch after epoch, each epoch in an order
+    that depends on the seed, the epoch and the documents' names alone. The streams are cut into
+    windows; a window has from every source tokens in proportion to the source's weight. Some
+    documents are rearranged (``fim``), some tokens are split (``token_split``), and all are packed
+    into rows of ``sequence_length + 1`` tokens (``pack``), which are dealt out shuffled. Attention
+    crosses document borders, as in the report's pre-training (facts 6.2), unless the caller masks.
 
-    Rows are dealt out in windows of about an epoch, each window shuffled by the seed: neighbouring
-    rows are often of one document, and a batch of a single document is a poor sample of the text.
+    A window is ``window_tokens`` long, though at least 64 rows, or as long as all sources together
+    if they are shorter. So the windows of a single small source are its epochs.
+
+    Over a source's epoch every token of every document, as transformed, is a target of
+    ``row_targets`` at depth 0 exactly once, except BOS: once unless it begins a row; with a
+    document mask never.
     """
 
     def __init__(
         self,
-        documents: Sequence[Document],
+        sources: Sequence[tuple[Tokens, float]],
         tokenizer: Tokenizer,
         *,
         sequence_length: int,
-        batch_size: int,
         seed: int,
-        on_progress: Progress | None = None,
+        fim_rate: float = 0.0,
+        token_split_rate: float = 0.0,
+        workers: int = 1,
+        window_tokens: int = WINDOW_TOKENS,
     ) -> None:
-        """Encode all documents now; ``on_progress`` gets (documents done, documents in all).
+        """Take sources with their weights. Nothing is read of them yet but lengths and keys.
 
-        Raises BadInput when there is no document.
+        ``workers`` threads make as many windows ahead, and these are held in memory; with 0 they
+        are made when they are needed, by the caller. The batches are the same. Close the loader,
+        or drop it, to end the threads.
+
+        Raises BadInput when a source is empty, when all are together shorter than a row, and
+        for a ``fim_rate`` with a tokenizer that lacks the tokens.
         """
-        if not documents:
-            raise BadInput("data: no documents to train on: give data.source more text")
-        ordered = sorted(documents, key=lambda document: (document.name, document.text))
         self.sequence_length = sequence_length
-        self.batch_size = batch_size
-        self.seed = seed
-        self._names = [document.name for document in ordered]
-        self._pieces = encode(ordered, tokenizer, on_progress)
-        self._rows_dealt = 0
-        self._epochs: dict[int, NDArray[np.int32]] = {}
-        self._order: tuple[int, list[int]] = (-1, [])
-        self.tokens_per_epoch = sum(len(piece) for piece in self._pieces)
-        self._rows_per_window = max(1, self.tokens_per_epoch // sequence_length)
+        self._sources = tuple(tokens for tokens, _ in sources)
+        counts = [int(np.sum(tokens.lengths, dtype=np.int64)) for tokens in self._sources]
+        self.tokens_per_epoch = sum(counts)
+        _require_text(counts, [weight for _, weight in sources], sequence_length)
+        window = max(window_tokens, _FEWEST_ROWS * (sequence_length + 1))
+        self._whole = window >= self.tokens_per_epoch
+        self._identity = {
+            "seed": seed,
+            "sequence_length": sequence_length,
+            "window_tokens": window_tokens,
+            "text": _digest([tokens.fingerprint for tokens in self._sources]),
+            "weights": _digest([float(weight) for _, weight in sources]),
+            "tokenizer": _digest(sorted(tokenizer.get_vocab(with_added_tokens=True).items())),
+            "fim_rate": _digest(float(fim_rate)),
+            "token_split_rate": _digest(float(token_split_rate)),
+        }
+        maker = WindowMaker(
+            sources,
+            tokenizer,
+            sequence_length=sequence_length,
+            seed=seed,
+            fim_rate=fim_rate,
+            token_split_rate=token_split_rate,
+            window_tokens=min(window, self.tokens_per_epoch),
+        )
+        self._windows = Ahead(maker.make, workers)
+        self._window, self._row = 0, 0
 
-    def next_batch(self) -> torch.Tensor:
-        """Return the next ``[B, T+1]`` int64 token ids, on the CPU.
+    def next_batch(self, batch_size: int) -> Batch:
+        """Return the next ``batch_size`` rows, on the CPU; the size may change between calls.
 
-        ``[:, :-1]`` are the inputs and ``[:, 1:]`` the targets.
+        Raises BadInput for more rows than an epoch has, and whatever kept a window from being
+        made; the loader is then where it was.
         """
-        length = self.sequence_length
-        numbers = range(self._rows_dealt, self._rows_dealt + self.batch_size)
-        rows = [self.stream(self._dealt(n) * length, length + 1) for n in numbers]
-        self._rows_dealt += self.batch_size
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
+        self._require_rows(batch_size)
+        shape = (batch_size, self.sequence_length + 1)
+        tokens_BS, documents_BS = np.empty(shape, np.int64), np.empty(shape, np.int32)
+        number, row, done = self._window, self._row, 0
+        while done < batch_size:
+            window = self._windows.get(number)
+            if row > window.rows:
+                raise BadInput(
+                    f"loader state: row {row} of window {number}, which has {window.rows}: "
+                    "resume from another checkpoint"
+                )
+            some = slice(done, done + min(batch_size - done, window.rows - row))
+            window.fill(row, tokens_BS[some], documents_BS[some])
+            row, done = row + some.stop - done, some.stop
+            if row == window.rows:
+                number, row = number + 1, 0
+        self._window, self._row = number, row
+        return Batch(torch.from_numpy(tokens_BS), torch.from_numpy(documents_BS))
 
-    def stream(self, start: int, count: int) -> NDArray[np.int32]:
-        """Return ``count`` tokens of the endless stream that rows are cut from."""
-        parts = []
-        while count:
-            epoch, offset = divmod(start, self.tokens_per_epoch)
-            part = self._epoch_tokens(epoch)[offset : offset + count]
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
-        return np.concatenate(parts)
+    @property
+    def padding(self) -> float:
+        """The share of padding in the window that is dealt out now."""
+        return self._windows.get(self._window).padding
 
     def state(self) -> dict[str, int]:
-        """Return how many rows were dealt, and what they are rows of."""
-        return {"rows_dealt": self._rows_dealt, **self._identity()}
+        """Return where in the stream the next batch begins, and what it is a stream of."""
+        return {"window": self._window, "row": self._row, **self._identity}
 
     def load_state(self, state: Mapping[str, int]) -> None:
-        """Continue where ``state`` was taken. The batch size may differ from then.
+        """Continue where ``state`` was taken, with the same batches if their sizes are the same.
 
-        Raises BadInput for the state of a loader with another text, tokenizer, row length or seed.
+        Raises BadInput, and changes nothing, for the state of a loader with another text, mixture,
+        tokenizer, row length, seed or rate; ``workers`` may differ.
         """
-        expected = self._identity()
-        if {"rows_dealt", *expected} - state.keys():
+        if {"window", "row", *self._identity} - state.keys():
             raise BadInput("loader state: not complete: resume from another checkpoint")
-        differing = [key for key, value in expected.items() if state[key] != value]
+        differing = [key for key, value in self._identity.items() if state[key] != value]
         if differing:
             raise BadInput(
                 f"loader state: {', '.join(differing)} differs from this run's: resume with the "
-                "text, the tokenizer, the sequence length and the seed that the run began with"
+                "text, mixture, tokenizer, sequence length, seed and rates the run began with"
             )
-        self._rows_dealt = int(state["rows_dealt"])
+        window, row = int(state["window"]), int(state["row"])
+        if window < 0 or row < 0:
+            raise BadInput(
+                f"loader state: window {window}, row {row}: resume from another checkpoint"
+            )
+        self._window, self._row = window, row
 
-    def _identity(self) -> dict[str, int]:
-        digest = hashlib.sha256()
-        for name, piece in zip(self._names, self._pieces, strict=True):
-            digest.update(_name_bytes(name) + b"\0")
-            digest.update(piece.astype("<i4").tobytes())
-        return {
-            "seed": self.seed,
-            "sequence_length": self.sequence_length,
-            "tokens_per_epoch": self.tokens_per_epoch,
-            "fingerprint": int.from_bytes(digest.digest()[:6], "big"),  # exact in any JSON reader
-        }
+    def close(self) -> None:
+        """End the threads. What is asked for afterwards is made by the caller."""
+        self._windows.close()
 
-    def _dealt(self, number: int) -> int:
-        """Return which row of the stream is dealt as ``number``."""
-        window, place = divmod(number, self._rows_per_window)
-        if self._order[0] != window:
-            self._order = (window, self._shuffled(window))
-        return window * self._rows_per_window + self._order[1][place]
-
-    def _shuffled(self, window: int) -> list[int]:
-        def key(row: int) -> bytes:
-            return hashlib.sha256(f"{self.seed}/rows/{window}/{row}".encode()).digest()
-
-        return sorted(range(self._rows_per_window), key=key)
-
-    def _epoch_tokens(self, epoch: int) -> NDArray[np.int32]:
-        if epoch not in self._epochs:
-            order = sorted(range(len(self._names)), key=lambda i: self._key(epoch, i))
-            # A window of rows is hardly longer than an epoch, so older ones are not needed again.
-            self._epochs = {e: t for e, t in self._epochs.items() if abs(e - epoch) == 1}
-            self._epochs[epoch] = np.concatenate([self._pieces[i] for i in order])
-        return self._epochs[epoch]
-
-    def _key(self, epoch: int, index: int) -> bytes:
-        text = f"{self.seed}/{epoch}/".encode() + _name_bytes(self._names[index])
-        return hashlib.sha256(text).digest()
+    def _require_rows(self, batch_size: int) -> None:
+        least = self.tokens_per_epoch // (self.sequence_length + 1)
+        if batch_size <= least:
+            return
+        rows = least
+        if self._whole:  # else packing all of the text would be too long a check
+            rows = rows_per_epoch(self._sources, self.sequence_length + 1)
+        if batch_size > rows:
+            raise BadInput(
+                f"data.source: {self.tokens_per_epoch:,} tokens make {rows} rows of "
+                f"pretrain.sequence_length = {self.sequence_length}, a batch of "
+                f"pretrain.batch_size = {batch_size} needs more: give more text, or lower one of "
+                "the two"
+            )
 
 
-@dataclass(frozen=True)
-class HeldoutRows:
-    """Held-out text as rows. All int64, on the CPU.
-
-    ``targets_MT[m, t]`` follows ``tokens_MT[m, t]``. The last row is filled with EOS inputs whose
-    targets are ``IGNORED``. ``bytes`` counts the text's UTF-8 bytes.
-    """
-
-    tokens_MT: torch.Tensor
-    targets_MT: torch.Tensor
-    bytes: int
-
-
-def heldout_rows(
-    documents: Sequence[Document], tokenizer: Tokenizer, sequence_length: int, max_bytes: int
-) -> HeldoutRows:
-    """Cut the documents of ``select_heldout`` into rows; every token but the first is a target.
-
-    Each document is BOS, its tokens, EOS. Raises BadInput when there is no document.
-    """
-    chosen = select_heldout(documents, max_bytes)
-    stream = np.concatenate(encode(chosen, tokenizer)).astype(np.int64)
-    targets = len(stream) - 1
-    rows = -(-targets // sequence_length)
-    tokens_MT = np.full(rows * sequence_length, EOS_ID, dtype=np.int64)
-    targets_MT = np.full(rows * sequence_length, IGNORED, dtype=np.int64)
-    tokens_MT[:targets] = stream[:-1]
-    targets_MT[:targets] = stream[1:]
-    return HeldoutRows(
-        torch.from_numpy(tokens_MT.reshape(rows, sequence_length)),
-        torch.from_numpy(targets_MT.reshape(rows, sequence_length)),
-        sum(document.size for document in chosen),
-    )
+def _require_text(counts: Sequence[int], weights: Sequence[float], sequence_length: int) -> None:
+    if not sum(counts):
+        raise BadInput("data.source: no documents to train on: give more text")
+    for number, (count, weight) in enumerate(zip(counts, weights, strict=True), start=1):
+        if not count:
+            raise BadInput(f"data.sources: source {number} has no documents: remove it")
+        if not 0 < weight < math.inf:
+            raise BadInput(f"data.sources: source {number}: weight {weight}: give a positive one")
+    if sum(counts) <= sequence_length:
+        raise BadInput(
+            f"data.source: {sum(counts)} tokens are fewer than one row of "
+            f"pretrain.sequence_length = {sequence_length}: give more text or lower it"
+        )
 
 
-def select_heldout(documents: Sequence[Document], max_bytes: int) -> tuple[Document, ...]:
-    """Return the first documents by name that fit in ``max_bytes`` together, at least one.
-
-    A first document that is longer alone is cut at a character. Baselines are to be measured on
-    these same documents. Raises BadInput when there is no document.
-    """
-    ordered = sorted(documents, key=lambda document: (document.name, document.text))
-    if not ordered:
-        raise BadInput("data: no held-out documents to validate on: give data.source more text")
-    chosen, total = [], 0
-    for document in ordered:
-        total += document.size
-        if total > max_bytes:
-            break
-        chosen.append(document)
-    if chosen:
-        return tuple(chosen)
-    first = ordered[0]
-    beginning = first.text.encode()[:max_bytes].decode(errors="ignore") or first.text[:1]
-    return (Document(first.name, beginning),)
-
-
-def encode(
-    documents: Sequence[Document], tokenizer: Tokenizer, on_progress: Progress | None = None
-) -> list[NDArray[np.int32]]:
-    """Return each document as BOS, its tokens, EOS. Control tokens in its text stay text."""
-    plain = plain_text_tokenizer(tokenizer)
-    pieces: list[NDArray[np.int32]] = []
-    for start in range(0, len(documents), _ENCODE_AT_ONCE):
-        texts = [document.text for document in documents[start : start + _ENCODE_AT_ONCE]]
-        for encoding in plain.encode_batch_fast(texts, add_special_tokens=False):
-            pieces.append(np.array([BOS_ID, *encoding.ids, EOS_ID], dtype=np.int32))
-        if on_progress is not None:
-            on_progress(len(pieces), len(documents))
-    return pieces
-
-
-def _name_bytes(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
+def _digest(value: object) -> int:
+    """Return 48 bits of a hash of numbers and strings: exact in any JSON reader."""
+    return int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:6], "big")

@@ -41,13 +41,15 @@ CONTROL = frozenset({BOS, EOS, PAD, EOT})
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 
+PUNCTUATION = r" ?[\p{P}\p{S}]+"
+
 _DIGITS = r"\p{N}{1,3}"
 _CJK = "[\u3040-\u30ff\u4e00-\u9fa5]+"
 _WORDS = "|".join(
     (
         r"[!-/:-@\[-`{-~][A-Za-z]+",  # one ASCII punctuation mark, then ASCII letters
         r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",  # a word, with the blank before it
-        r" ?[\p{P}\p{S}]+[\r\n]*",  # punctuation with the line break after it: new in V3
+        rf"{PUNCTUATION}[\r\n]*",  # punctuation with the line breaks after it: new in V3
         r"\s*[\r\n]+",
         r"\s+(?!\S)",  # leaves the last blank to the word that follows
         r"\s+",
@@ -187,11 +189,17 @@ def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
 
 
 def plain_text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """Return a copy that reads control tokens spelt out in a text as ordinary characters.
+    """Return a copy that reads special tokens spelt out in a text as ordinary characters.
 
-    So no document can end itself or start another one. Truncation and padding are off.
+    So no document can end itself, start another one, or pass for a dialogue or a filled gap. All of
+    ``SPECIAL_TOKENS`` are meant, and what else the tokenizer marks as special. Truncation and
+    padding are off. Decode with ``skip_special_tokens=False``.
     """
-    copy = Tokenizer.from_str(tokenizer.to_str())
+    whole = json.loads(tokenizer.to_str())
+    for added in whole["added_tokens"]:
+        # The switch below is for tokens with this mark only.
+        added["special"] = added["special"] or added["content"] in SPECIAL_TOKENS
+    copy = Tokenizer.from_str(json.dumps(whole))
     copy.no_truncation()
     copy.no_padding()
     copy.encode_special_tokens = True

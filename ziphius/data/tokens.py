@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -29,3 +31,14 @@ class Tokens(Protocol):
     def document(self, index: int) -> NDArray[np.int32]:
         """Return the token ids of one document."""
         ...
+
+
+def document_keys(names: Iterable[str]) -> NDArray[np.uint64]:
+    """Return the keys of documents with these names, read as big-endian numbers."""
+    digests = (hashlib.sha256(name_bytes(name)).digest()[:8] for name in names)
+    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
+
+
+def name_bytes(name: str) -> bytes:
+    """Encode a path as the file system gave it, which may not be UTF-8."""
+    return name.encode("utf-8", "surrogateescape")

@@ -10,30 +10,54 @@ from torch import Tensor
 
 
 def causal_attention_reference(
-    q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, scale: float
+    q_BHTd: Tensor,
+    k_BHTd: Tensor,
+    v_BHTv: Tensor,
+    scale: float,
+    documents_BT: Tensor | None = None,
 ) -> Tensor:
     """Attend causally with expanded heads (report eq. 10), the whole score matrix written out.
 
     ``q`` and ``k`` are ``[B, H, T, d]``, ``v`` is ``[B, H, T, v]``; the result is ``[B, H, T, v]``
-    in the dtype of ``v``. Scores and softmax are at least FP32.
+    in the dtype of ``v``. Scores and softmax are at least FP32. With ``documents``, the number of
+    the document of every position, queries see the keys of their own document only.
     """
     high = torch.promote_types(q_BHTd.dtype, torch.float32)
     scores_BHTT = (q_BHTd.to(high) @ k_BHTd.to(high).transpose(-1, -2)) * scale
     T = scores_BHTT.shape[-1]
-    future_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTd.device).triu(1)
-    weights_BHTT = scores_BHTT.masked_fill(future_TT, float("-inf")).softmax(-1)
+    hidden = torch.ones(T, T, dtype=torch.bool, device=q_BHTd.device).triu(1)
+    if documents_BT is not None:
+        hidden = ~_visible(documents_BT)
+    weights_BHTT = scores_BHTT.masked_fill(hidden, float("-inf")).softmax(-1)
     return (weights_BHTT @ v_BHTv.to(high)).to(v_BHTv.dtype)
 
 
-def causal_attention_sdpa(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, scale: float) -> Tensor:
+def causal_attention_sdpa(
+    q_BHTd: Tensor,
+    k_BHTd: Tensor,
+    v_BHTv: Tensor,
+    scale: float,
+    documents_BT: Tensor | None = None,
+) -> Tensor:
     """Do the same through torch's fused attention, which never holds the score matrix.
 
     The fused CPU kernel wants ``equal_widths`` of keys and values; it is fastest to have them so.
     """
     v = v_BHTv.shape[-1]
     q_BHTd, k_BHTd, v_BHTv = equal_widths(q_BHTd, k_BHTd, v_BHTv)
-    out = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTv, is_causal=True, scale=scale)
+    mask = None if documents_BT is None else _visible(documents_BT)
+    out = F.scaled_dot_product_attention(
+        q_BHTd, k_BHTd, v_BHTv, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
     return out[..., :v]
+
+
+def _visible(documents_BT: Tensor) -> Tensor:
+    """Say which key (last) each query may see: earlier or its own, of its document.
+
+    Bool ``[B, 1, T, T]``. Padding is a document of its own, so every query sees something.
+    """
+    return (documents_BT[:, None, :, None] == documents_BT[:, None, None, :]).tril()
 
 
 def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +100,7 @@ def latent_attention(
 # Versions that pad keys or values unless they are given equal widths.
 WANT_EQUAL_WIDTHS = frozenset({"sdpa"})
 
-VERSIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+VERSIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]] = {
     "reference": causal_attention_reference,
     "sdpa": causal_attention_sdpa,
 }

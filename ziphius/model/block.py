@@ -57,10 +57,14 @@ class Block(nn.Module):
         self.mlp: FeedForward = feed_forward(config, precision, kernels, device)
 
     def forward(
-        self, x_BTD: Tensor, rope: Rope, cache: LayerCache | None = None
+        self,
+        x_BTD: Tensor,
+        rope: Rope,
+        cache: LayerCache | None = None,
+        documents_BT: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Run the five stages; return the new residual stream and the layer's routing."""
-        attended = self.attend(x_BTD, rope, cache)
+        attended = self.attend(x_BTD, rope, cache, documents_BT=documents_BT)
         sent = self.dispatch(attended)
         shared_ND = self.shared(attended)
         routed_ND = self.combine(self.experts(sent), sent)
@@ -73,9 +77,13 @@ class Block(nn.Module):
         rope: Rope,
         cache: LayerCache | None = None,
         chosen_NK: Tensor | None = None,
+        documents_BT: Tensor | None = None,
     ) -> Attended:
-        """Attend, then decide where rows go; ``chosen`` replays an earlier choice of experts."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, cache)
+        """Attend, inside documents if they are given, then decide where rows go.
+
+        ``chosen`` replays an earlier choice of experts.
+        """
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, cache, documents_BT)
         u_ND = self.post_attention_layernorm(x_BTD).flatten(0, 1)
         return Attended(x_BTD, u_ND, self.mlp.route(u_ND, chosen_NK))
 

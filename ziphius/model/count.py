@@ -87,6 +87,19 @@ def forward_flops(config: ModelConfig, length: int, counted: Count | None = None
     return 2 * counted.active_without_embedding + attention
 
 
+def training_flops(config: ModelConfig, length: int) -> int:
+    """Count operations per token of a training step, MTP modules included: three forward passes.
+
+    An MTP module meets its own weights, the output head once more, and as many keys as a layer.
+    Recomputed activations do not count: what is useful is counted, as usual in MFU.
+    """
+    counted = count(config)
+    depths = config.num_nextn_predict_layers
+    widths = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+    mtp = 2 * (counted.mtp_active + depths * counted.head) + depths * widths * (length + 1)
+    return 3 * (forward_flops(config, length, counted) + mtp)
+
+
 def cache_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of latent cache a token, over the main layers (facts 1.5)."""
     width = config.kv_lora_rank + config.qk_rope_head_dim

@@ -73,16 +73,24 @@ class MLA(nn.Module):
         self.kv_b_proj = Linear(self.latent, H * (self.nope + self.v), precision, device)
         self.o_proj = Linear(H * self.v, D, precision, device)
 
-    def forward(self, x_BTD: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: Rope,
+        cache: LayerCache | None = None,
+        documents_BT: Tensor | None = None,
+    ) -> Tensor:
         """Attend causally; ``x`` is normed ``[B, T, D]``, the result has its shape.
 
-        Without a cache the expanded form runs on the ``T`` tokens alone. With one the tokens
-        follow what it holds, and the absorbed form runs over everything.
+        Without a cache the expanded form runs on the ``T`` tokens alone, inside their documents
+        if those are given. With one the tokens follow what it holds, and the absorbed form runs
+        over everything: a cache is one document.
         """
         if cache is not None:
+            assert documents_BT is None, "a cache holds one document a sequence"
             return self.core(self.project(x_BTD, rope), cache)
         q_BHTd, k_BHTd, v_BHTv = self.expand(*self.compress(x_BTD), rope)
-        out_BHTv = self.attention(q_BHTd, k_BHTd, v_BHTv, self.scale)
+        out_BHTv = self.attention(q_BHTd, k_BHTd, v_BHTv, self.scale, documents_BT)
         return self.o_proj(out_BHTv[..., : self.v].transpose(1, 2).flatten(-2))
 
     def project(self, x_BTD: Tensor, rope: Rope) -> Projected:

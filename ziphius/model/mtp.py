@@ -35,8 +35,16 @@ class MTPModule(nn.Module):
         self.norm = RMSNorm(D, eps, precision, device)
 
     def forward(
-        self, h_BTD: Tensor, embedded_BTD: Tensor, rope: Rope, cache: LayerCache | None = None
+        self,
+        h_BTD: Tensor,
+        embedded_BTD: Tensor,
+        rope: Rope,
+        cache: LayerCache | None = None,
+        documents_BT: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """Go one depth on: ``h`` of position i meets the embedding of token i + k."""
+        """Go one depth on: ``h`` of position i meets the embedding of token i + k.
+
+        ``documents`` are those of the positions i.
+        """
         joined = torch.cat((self.enorm(embedded_BTD), self.hnorm(h_BTD)), dim=-1)
-        return self.block(self.eh_proj(joined), rope, cache)
+        return self.block(self.eh_proj(joined), rope, cache, documents_BT)

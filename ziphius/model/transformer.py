@@ -89,7 +89,10 @@ class Transformer(nn.Module):
         return self.lm_head(hidden_BTD)
 
     def trunk(
-        self, tokens_BT: Tensor, cache: Cache | None = None
+        self,
+        tokens_BT: Tensor,
+        cache: Cache | None = None,
+        documents_BT: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Routing]]:
         """Run the main layers; return the final normed hidden state and every layer's routing."""
         rope = self.rope(tokens_BT.shape[1], start=0 if cache is None else cache.length)
@@ -97,24 +100,32 @@ class Transformer(nn.Module):
         routings = {}
         for index, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layer(index)
-            x_BTD, routing = block(x_BTD, rope, layer_cache)
+            x_BTD, routing = block(x_BTD, rope, layer_cache, documents_BT)
             if routing is not None:
                 routings[index] = routing
         return self.norm(x_BTD), routings
 
-    def features(self, tokens_BS: Tensor) -> Features:
+    def features(self, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> Features:
         """Run everything for training on rows of T + 1 tokens: inputs, and one last target.
 
         Depth k meets token i + k, so it has T - k positions (eq. 21-24). Depth 1 starts from the
         hidden state after the final norm, as serving engines do (facts 3.1).
+
+        With ``documents``, int ``[B, T + 1]``, the number of the document of every token in its
+        row and -1 in padding, no token attends outside its document: so in fine-tuning, and not in
+        pre-training (facts 6.2). Positions go on over a row; rotary attention sees differences.
         """
         T = tokens_BS.shape[1] - 1
-        hidden_BTD, routings = self.trunk(tokens_BS[:, :T])
+        documents_BT = None if documents_BS is None else documents_BS[:, :T]
+        hidden_BTD, routings = self.trunk(tokens_BS[:, :T], documents_BT=documents_BT)
         h_BTD, mtp_hidden = hidden_BTD, []
         for k, module in enumerate(self.mtp, start=1):
             embedded_BTD = self.embed_tokens(tokens_BS[:, k:T])
             rope = self.rope(T - k)
-            h_BTD, routing = module(h_BTD[:, : T - k], embedded_BTD, rope)
+            documents_BT = None if documents_BS is None else documents_BS[:, : T - k]
+            h_BTD, routing = module(
+                h_BTD[:, : T - k], embedded_BTD, rope, documents_BT=documents_BT
+            )
             mtp_hidden.append(module.norm(h_BTD))
             routings[len(self.layers) + k - 1] = routing
         return Features(hidden_BTD, mtp_hidden, routings)

@@ -59,9 +59,11 @@ def _recompute_functions(model: Transformer) -> None:
                 ledger.record(module, method)
     features = type(model).features
 
-    def watched(model: Transformer, tokens_BS: Tensor) -> Features:
+    def watched(
+        model: Transformer, tokens_BS: Tensor, documents_BS: Tensor | None = None
+    ) -> Features:
         with ledger.watching():
-            return features(model, tokens_BS)
+            return features(model, tokens_BS, documents_BS)
 
     shadow(model, "features", watched)
 
@@ -78,15 +80,16 @@ def _attend_again(
     rope: Rope,
     cache: LayerCache | None = None,
     chosen_NK: Tensor | None = None,
+    documents_BT: Tensor | None = None,
 ) -> Attended:
     """Run stage ``attend`` so that backward runs it again with the experts of the first time."""
     attend = type(block).attend
     if cache is not None or not torch.is_grad_enabled():
-        return attend(block, x_BTD, rope, cache, chosen_NK)
+        return attend(block, x_BTD, rope, cache, chosen_NK, documents_BT)
     replay = [] if chosen_NK is None else [chosen_NK]
 
     def stage(x_BTD: Tensor) -> Attended:
-        attended = attend(block, x_BTD, rope, None, replay[0] if replay else None)
+        attended = attend(block, x_BTD, rope, None, replay[0] if replay else None, documents_BT)
         if attended.routed is not None and not replay:
             replay.append(attended.routed.routing.chosen_NK)
         return attended

@@ -2,9 +2,11 @@
 
 recipe.toml                 every setting of the run, resolved
 metrics.jsonl               one line an optimizer step
-stages/NAME/checkpoint/     the stage's weights as a Hugging Face directory, and its state/
+balance.jsonl               the experts' loads and routing biases, now and then
+stages/pretrain/step-N/     a checkpoint: a Hugging Face directory, and its state/
 checkpoint/                 the final Hugging Face directory
 summary.json                every figure the run printed
+report.html                 all of this as pictures
 """
 
 from __future__ import annotations
@@ -19,29 +21,43 @@ from typing import Any
 
 from ziphius.checkpoint.config_json import CONFIG_FILE
 from ziphius.checkpoint.files import MANIFEST, is_weight_file, replace_directory, write_atomic
+from ziphius.checkpoint.huggingface import STEP_PREFIX, stage_checkpoints
 from ziphius.config.errors import BadInput
-from ziphius.config.recipe import Recipe, dump_recipe
+from ziphius.config.recipe import Recipe, changed_keys, dump_recipe, load_recipe
+from ziphius.training.metrics import Lines
 
-_RECIPE, _METRICS, _SUMMARY = "recipe.toml", "metrics.jsonl", "summary.json"
+STAGE = "pretrain"
+_RECIPE, _LOCK = "recipe.toml", ".lock"
+
+# What may change when a run goes on: it says how often something is written, not what.
+_FREE_KEYS = frozenset(
+    f"run.{name}"
+    for name in ("checkpoint_every", "keep_checkpoints", "validate_every", "tensorboard")
+)
 
 
 class RunFolder:
     """The folder of one run.
 
-    With ``replace`` a run that is there already moves aside to ``NAME.previous``, where one earlier
-    run is kept; a run that was broken off never takes the place of a finished one there.
+    By default it must be new. With ``resume`` the run that is there goes on. With ``replace`` it
+    moves aside to ``NAME.previous``, where one earlier run is kept; a run that was broken off never
+    takes the place of a finished one there.
     """
 
-    def __init__(self, path: Path, *, replace: bool = False) -> None:
+    def __init__(self, path: Path, *, replace: bool = False, resume: bool = False) -> None:
         self.path = Path(os.path.abspath(path))
         self.replace = replace
-        self.metrics = self.path / _METRICS
+        self.resume = resume
+        self.metrics = Lines(self.path / "metrics.jsonl")
+        self.balance = Lines(self.path / "balance.jsonl")
+        self.events = self.path / "tensorboard"
         self.checkpoint = self.path / "checkpoint"
+        self.stage = self.path / "stages" / STAGE
         self.previous = self.path.with_name(self.path.name + ".previous")
 
     def require_room(self) -> None:
-        """Raise BadInput unless a run may begin here. Nothing is changed."""
-        with _one_line(self.path):
+        """Raise BadInput unless a run may begin or go on here. Nothing is changed."""
+        with one_line(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise BadInput(f"--out {self.path}: is a file: choose a folder")
             if not _names(self.path):
@@ -50,45 +66,96 @@ class RunFolder:
                 raise BadInput(
                     f"--out {self.path}: holds files that are no run: choose another folder"
                 )
-            if not self.replace:
-                raise BadInput(
-                    f"--out {self.path}: holds a run already: choose another folder or remove it"
-                )
-            if _names(self.previous) and not _is_run(self.previous):
-                raise BadInput(f"--out {self.path}: {self.previous} is no run and in the way")
+            if self.replace or self.resume:
+                if _names(self.previous) and not _is_run(self.previous):
+                    raise BadInput(f"--out {self.path}: {self.previous} is no run and in the way")
+                return
+            raise BadInput(
+                f"--out {self.path}: holds a run already: go on with it by --resume, or choose "
+                "another folder"
+            )
+
+    def agreed(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with which the run here goes on, or begins.
+
+        Threads that ``recipe`` leaves open are those of the run. Raises BadInput that names every
+        setting which differs from the run's.
+        """
+        if not self.resume or not _is_run(self.path):
+            return recipe
+        begun = load_recipe(str(self.path / _RECIPE))
+        if not recipe.run.threads:
+            run = recipe.run.model_copy(update={"threads": begun.run.threads})
+            recipe = recipe.model_copy(update={"run": run})
+        if changes := [key for key in changed_keys(begun, recipe) if key not in _FREE_KEYS]:
+            raise BadInput(
+                f"--resume {self.path}: the recipe differs from the run's in "
+                f"{', '.join(changes)}: go on with {self.path / _RECIPE}, or begin another run"
+            )
+        return recipe
 
     def create(self, recipe: Recipe) -> None:
-        """Begin the run: make room, and write its recipe."""
+        """Begin the run, or go on with it: make room and write its recipe."""
         self.require_room()
-        with _one_line(self.path):
-            if _names(self.path):
+        if self.path.is_dir():
+            with self.locked():  # nobody else's run is moved or written over
+                pass
+        with one_line(self.path):
+            if _names(self.path) and not self.resume:
                 self._move_aside()
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.stage.mkdir(parents=True, exist_ok=True)
             self.write_recipe(recipe)
-            self.metrics.touch()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training into this folder. Raises BadInput if one does."""
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            yield
+            return
+        with one_line(self.path):
+            file = (self.path / _LOCK).open("a+")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(
+                    f"--out {self.path}: another process trains into this folder: wait for it, "
+                    "stop it, or choose another folder"
+                ) from None
+            yield
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Write recipe.toml, whole or not at all."""
         write_atomic(self.path / _RECIPE, dump_recipe(recipe).encode())
 
-    def stage(self, name: str) -> Path:
-        """Return the checkpoint folder of a stage, its parent made."""
-        folder = self.path / "stages" / name
-        with _one_line(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        return folder / "checkpoint"
+    def checkpoints(self) -> list[Path]:
+        """List the run's checkpoints, the newest first."""
+        return stage_checkpoints(self.stage)
 
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl, in one write."""
-        with _one_line(self.metrics), self.metrics.open("ab", buffering=0) as file:
-            file.write((json.dumps(record) + "\n").encode())
+    def checkpoint_at(self, step: int) -> Path:
+        """Return where the checkpoint of a step belongs."""
+        return self.stage / f"{STEP_PREFIX}{step}"
 
-    def publish(self, stage: str) -> None:
-        """Make a stage's checkpoint the run's final one: the same files, without its state.
+    def set_aside(self, checkpoint: Path) -> None:
+        """Rename a checkpoint that cannot be used, so that none takes it for a good one."""
+        with one_line(checkpoint):
+            aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            checkpoint.rename(aside)
 
-        Weights are shared with the stage's, where the file system can; small files are copies.
+    def drop_old(self, keep: int) -> None:
+        """Remove all but the newest ``keep`` checkpoints."""
+        for checkpoint in self.checkpoints()[keep:]:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def publish(self, source: Path) -> None:
+        """Make a checkpoint the run's final one: the same files, without its state.
+
+        Weights are shared with it, where the file system can; small files are copies.
         """
-        source = self.stage(stage)
         with replace_directory(self.checkpoint) as folder:
             for path in source.iterdir():
                 if path.is_file() and path.name != MANIFEST:
@@ -98,7 +165,7 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, whole or not at all."""
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-        write_atomic(self.path / _SUMMARY, text.encode())
+        write_atomic(self.path / "summary.json", text.encode())
 
     def _move_aside(self) -> None:
         if _is_finished(self.previous) and not _is_finished(self.path):
@@ -110,10 +177,11 @@ class RunFolder:
 
 
 def _names(path: Path) -> list[str]:
-    """List a folder, without what a writer that died has left of its recipe."""
+    """List a folder, without what a writer that died has left of its recipe, and the lock."""
     if not path.is_dir():
         return []
-    return [name for name in os.listdir(path) if not name.startswith(f".{_RECIPE}.writing-")]
+    left = (f".{_RECIPE}.writing-", _LOCK)
+    return [name for name in os.listdir(path) if not name.startswith(left)]
 
 
 def _is_run(path: Path) -> bool:
@@ -132,7 +200,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _one_line(path: Path) -> Iterator[None]:
+def one_line(path: Path) -> Iterator[None]:
     """Say in one line that a file of the run cannot be written."""
     try:
         yield

@@ -1,14 +1,18 @@
-"""What this process may use of the machine, and what it has used."""
+"""What this process may use of the machine, what it has used, and how fast it could be."""
 
 from __future__ import annotations
 
 import resource
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+# Long enough for the clock, short enough that nobody notices.
+_PEAK_SIZE, _PEAK_SECONDS = 1536, 0.3
 
 
 def usable_threads() -> int:
@@ -29,3 +33,21 @@ def peak_memory_gib() -> float:
     """Return the most memory this process has held at once, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def peak_flops(device: str, dtype: torch.dtype) -> float:
+    """Measure the most operations a second that a large matrix product reaches here.
+
+    The best of the products that fit in a fraction of a second, in ``dtype``: what MFU divides by.
+    """
+    left, right = (torch.randn(_PEAK_SIZE, _PEAK_SIZE, device=device).to(dtype) for _ in range(2))
+    best, ends = float("inf"), time.perf_counter() + _PEAK_SECONDS
+    while True:
+        began = time.perf_counter()
+        torch.mm(left, right)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        best = min(best, now - began)
+        if now >= ends:
+            return 2 * _PEAK_SIZE**3 / best

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ziphius.config.pretrain import PretrainConfig
-from ziphius.kernels.loss import linear_cross_entropy
+from ziphius.data.rows import Batch, row_targets
+from ziphius.kernels.loss import IGNORED, linear_cross_entropy
 from ziphius.model.router import Routing, sequence_balance
 from ziphius.model.transformer import Transformer
 
@@ -30,36 +31,46 @@ class Losses:
 
 def losses(
     model: Transformer,
-    tokens_BS: Tensor,
+    batch: Batch,
     config: PretrainConfig,
     *,
+    mtp_loss_weight: float,
     target_count: int,
     sequence_count: int,
+    document_mask: bool = False,
 ) -> tuple[Losses, Mapping[int, Routing]]:
     """Compute a micro-batch's losses and every layer's routing.
 
-    ``tokens`` is int64 ``[B, T + 1]``. ``target_count`` (the main loss's) and ``sequence_count``
-    are the global batch's, so that micro-batches and ranks may simply be added up. Every MTP depth
-    is divided by the same count although its sum has k fewer terms a row, as eq. 24 writes it.
+    ``target_count`` (the main loss's) and ``sequence_count`` are the global batch's, so that
+    micro-batches and ranks may simply be added up. Every MTP depth is divided by the same count
+    although its sum has k fewer terms a row, as eq. 24 writes it. With ``document_mask`` neither
+    attention nor a target crosses from one document of a row into another.
     """
-    features = model.features(tokens_BS)
+    tokens_BS = batch.tokens_BS
+    features = model.features(tokens_BS, batch.documents_BS if document_mask else None)
     high = model.precision.high
     weight_VD = model.lm_head.weight.to(features.hidden_BTD.dtype)
 
-    def cross_entropy(hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    def cross_entropy(hidden_BTD: Tensor, depth: int) -> Tensor:
+        targets_BT = row_targets(batch, depth, document_mask=document_mask)
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
         return linear_cross_entropy(hidden_ND, weight_VD, targets_N) / target_count
 
-    main = cross_entropy(features.hidden_BTD, tokens_BS[:, 1:])
+    main = cross_entropy(features.hidden_BTD, 0)
     mtp = torch.zeros((), dtype=high, device=tokens_BS.device)
-    for k, hidden_BTD in enumerate(features.mtp_hidden, start=1):
-        mtp = mtp + cross_entropy(hidden_BTD, tokens_BS[:, k + 1 :]) / len(features.mtp_hidden)
+    for depth, hidden_BTD in enumerate(features.mtp_hidden, start=1):
+        mtp = mtp + cross_entropy(hidden_BTD, depth) / len(features.mtp_hidden)
     balance = torch.zeros((), dtype=high, device=tokens_BS.device)
     for routing in features.routings.values():
         balance = balance + _balance(routing, tokens_BS.shape[0], config) / sequence_count
     balance = balance * config.balance_loss_weight
-    total = main + config.mtp_loss_weight * mtp + balance
+    total = main + mtp_loss_weight * mtp + balance
     return Losses(main, mtp, balance, total), features.routings
+
+
+def count_targets(batch: Batch, *, document_mask: bool = False) -> int:
+    """Count the tokens that the main loss predicts."""
+    return int((row_targets(batch, 0, document_mask=document_mask) != IGNORED).sum())
 
 
 def _balance(routing: Routing, sequences: int, config: PretrainConfig) -> Tensor:

@@ -1,23 +1,32 @@
-"""One optimizer step."""
+"""One optimizer step: forward and backward, a judgement, and the update if it may be made."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from ziphius.config.errors import ZiphiusError
 from ziphius.config.pretrain import PretrainConfig
+from ziphius.data.rows import Batch
 from ziphius.model.transformer import Transformer
 from ziphius.training.balance import ExpertLoads, update_biases
-from ziphius.training.objective import losses
+from ziphius.training.objective import count_targets, losses
 from ziphius.training.optimizer import AdamW
+from ziphius.training.schedule import StepSettings
+
+Judge = Callable[[float, float], str | None]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """The losses of one global batch (nats; see ``Losses``) and how the step went."""
+    """The losses of one global batch (nats; see ``Losses``) and how the step went.
+
+    ``loads`` are the tokens of every expert by layer, ``max_violation`` is their summary.
+    ``targets`` counts the tokens of the main loss. ``skipped`` is the reason why nothing was
+    updated, or ``None``.
+    """
 
     loss: float
     mtp_loss: float
@@ -25,42 +34,68 @@ class StepResult:
     total_loss: float
     grad_norm: float
     max_violation: float
+    loads: dict[int, list[int]]
+    targets: int
+    skipped: str | None
+
+
+def finite(loss: float, grad_norm: float) -> str | None:
+    """Judge a step by the least that it must be."""
+    usable = math.isfinite(loss) and math.isfinite(grad_norm)
+    return None if usable else f"loss {loss:g}, gradient norm {grad_norm:g}: not finite"
 
 
 def train_step(
     model: Transformer,
     optimizer: AdamW,
-    tokens_BS: Tensor,
+    batch: Batch,
     config: PretrainConfig,
-    learning_rate: float,
-    bias_speed: float | None = None,
+    settings: StepSettings,
+    judge: Judge = finite,
+    *,
+    document_mask: bool = False,
 ) -> StepResult:
     """Run forward and backward over the micro-batches, then update weights and routing biases.
 
-    ``tokens`` is the global batch, int64 ``[batch_size, T + 1]``. ``bias_speed`` is gamma, by
-    default the recipe's. Raises ZiphiusError when the loss
-    or the gradients' norm is not finite; the weights are as before the step then.
+    ``batch`` is the global batch, on the model's device. ``judge`` gets the total loss (NaN if a
+    part of it is not finite) and the norm of the gradients, and says why the update must not be made, if so: then weights, moments
+    and biases stay as they were.
     """
-    sequences, targets = tokens_BS.shape[0], tokens_BS[:, 1:].numel()
+    sequences, targets = len(batch.tokens_BS), count_targets(batch, document_mask=document_mask)
     loads = ExpertLoads(model.config.n_routed_experts)
     sums = torch.zeros(4, dtype=torch.float64)
     model.zero_grad()  # a step that failed has left its gradients
-    for micro_BS in tokens_BS.split(config.micro_batch_size):
+    for part in batch.split(config.micro_batch_size):
         parts, routings = losses(
-            model, micro_BS, config, target_count=targets, sequence_count=sequences
+            model,
+            part,
+            config,
+            mtp_loss_weight=settings.mtp_loss_weight,
+            target_count=max(1, targets),
+            sequence_count=sequences,
+            document_mask=document_mask,
         )
         parts.total.backward()
         loads.add(routings)
         values = torch.stack((parts.main, parts.mtp, parts.balance, parts.total))
         sums += values.detach().double().cpu()
     grad_norm = optimizer.clip()
-    if not torch.isfinite(sums).all() or not grad_norm < float("inf"):
-        raise ZiphiusError(
-            f"step {optimizer.steps + 1}: loss {sums[0]:g}, gradient norm {grad_norm:g}: "
-            "not finite; lower pretrain.learning_rate or lengthen pretrain.warmup_steps"
-        )
-    optimizer.step(learning_rate)
-    speed = config.bias_update_speed if bias_speed is None else bias_speed
-    update_biases(model, loads, speed)
     main, mtp, balance, total = sums.tolist()
-    return StepResult(main, mtp, balance, total, grad_norm, loads.max_violation())
+    # One part that is not finite may hide in a sum that is.
+    judged = total if sums.isfinite().all() else math.nan
+    skipped = judge(judged, grad_norm)
+    if skipped is None:
+        optimizer.step(settings.learning_rate)
+        update_biases(model, loads, settings.bias_update_speed)
+    model.zero_grad()
+    return StepResult(
+        loss=main,
+        mtp_loss=mtp,
+        balance_loss=balance,
+        total_loss=total,
+        grad_norm=grad_norm,
+        max_violation=loads.max_violation(),
+        loads={layer: counts_E.tolist() for layer, counts_E in loads.counts.items()},
+        targets=targets,
+        skipped=skipped,
+    )

@@ -1,0 +1,49 @@
+"""Lines of metrics that survive being cut off, and TensorBoard's copy of them."""
+
+import json
+from pathlib import Path
+
+from ziphius.training.metrics import Events, Lines
+
+
+def test_lines_come_back(tmp_path: Path) -> None:
+    lines = Lines(tmp_path / "metrics.jsonl")
+    lines.append({"step": 1, "loss": 0.1})
+    lines.append({"step": 2, "loss": None})
+    assert lines.last() == {"step": 2, "loss": None}
+    assert len(lines.path.read_text().splitlines()) == 2
+
+
+def test_cutting_goes_back_to_a_size_and_drops_half_a_line(tmp_path: Path) -> None:
+    lines = Lines(tmp_path / "metrics.jsonl")
+    lines.append({"step": 1})
+    kept, size = lines.path.read_bytes(), lines.size()
+    lines.append({"step": 2})
+    lines.cut(size)
+    assert lines.path.read_bytes() == kept
+    with lines.path.open("ab") as file:
+        file.write(b'{"step": 2, "lo')
+    lines.cut(10**6)
+    assert lines.path.read_bytes() == kept
+    lines.cut(0)
+    assert lines.path.read_bytes() == b""
+
+
+def test_a_log_that_is_missing_is_begun(tmp_path: Path) -> None:
+    lines = Lines(tmp_path / "metrics.jsonl")
+    lines.cut(100)
+    assert lines.path.read_bytes() == b""
+
+
+def test_tensorboard_reads_back_the_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = Events(tmp_path, 1)
+    for step in (1, 2):
+        record = {"step": step, "seconds": 9.0, "loss": 3.0 / step, "skipped": None}
+        events.write(json.loads(json.dumps(record)))
+    events.close()
+    reader = EventAccumulator(str(tmp_path))
+    reader.Reload()
+    assert reader.Tags()["scalars"] == ["loss"]
+    assert [(e.step, e.value) for e in reader.Scalars("loss")] == [(1, 3.0), (2, 1.5)]

@@ -1,0 +1,69 @@
+"""What a run writes down while it runs: lines of JSON, and TensorBoard events on request."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ziphius.config.errors import BadInput
+
+
+class Lines:
+    """A file of JSON lines that is only appended to, each line in one write."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one line. Raises OSError for a full disk."""
+        with self.path.open("ab", buffering=0) as file:
+            file.write((json.dumps(record) + "\n").encode())
+
+    def size(self) -> int:
+        """Return the file's size after it has reached the disk."""
+        with self.path.open("ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def last(self) -> dict[str, Any]:
+        """Return the last line's record."""
+        record: dict[str, Any] = json.loads(self.path.read_bytes().splitlines()[-1])
+        return record
+
+    def cut(self, size: int) -> None:
+        """Drop everything after ``size`` bytes, and a line that was not written to its end."""
+        self.path.touch()
+        with self.path.open("r+b") as file:
+            kept = file.read(size)
+            file.truncate(kept.rfind(b"\n") + 1)
+
+
+class Events:
+    """TensorBoard scalars of every step, in ``folder``."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Begin at ``first_step``: what an earlier attempt wrote from there on is not shown.
+
+        Raises BadInput when TensorBoard is not installed.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise BadInput(
+                "run.tensorboard: TensorBoard is not installed: "
+                'pip install "ziphius[tensorboard]", or set run.tensorboard=false'
+            ) from None
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write every number of a line of metrics."""
+        for name, value in record.items():
+            if isinstance(value, int | float) and name not in ("step", "seconds"):
+                self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._writer.close()

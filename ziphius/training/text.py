@@ -1,0 +1,97 @@
+"""The run's text in every form it is needed in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ziphius.config.errors import BadInput
+from ziphius.config.recipe import Recipe
+from ziphius.data.corpus import Corpus, read_corpus
+from ziphius.data.encode import EncodedDocuments
+from ziphius.data.heldout import HeldoutRows, heldout_rows
+from ziphius.data.loader import Loader
+from ziphius.data.tokenizer import load_tokenizer, train_tokenizer
+from ziphius.data.tokens import Tokens
+from ziphius.training.watch import Watch
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents, tokenizer, batches and held-out rows of one recipe."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    loader: Loader
+    heldout: HeldoutRows
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a summary says about the text."""
+        corpus = self.corpus
+        return {
+            "corpus": corpus.description,
+            "corpus_files": len(corpus.train) + len(corpus.heldout),
+            "corpus_bytes": corpus.train_bytes + corpus.heldout_bytes,
+            "corpus_sha256": corpus.sha256,
+            "corpus_skipped": corpus.skipped,
+            "heldout_packages": list(corpus.heldout_packages),
+            "heldout_bytes": self.heldout.bytes,
+            "vocab_size": self.tokenizer.get_vocab_size(),
+        }
+
+
+def prepare_text(recipe: Recipe, watch: Watch) -> Text:
+    """Read the corpus, train or load the tokenizer, and encode everything.
+
+    Raises BadInput for text that cannot be used, and for too little of it.
+    """
+    corpus = read_corpus(recipe.data)
+    watch.say(
+        f"{corpus.description}: {len(corpus.train) + len(corpus.heldout)} files, "
+        f"{(corpus.train_bytes + corpus.heldout_bytes) / 1e6:.1f} MB, "
+        f"sha256 {corpus.sha256[:12]}, {corpus.skipped} not UTF-8 and skipped"
+    )
+    tokenizer = _tokenizer(recipe, corpus, watch)
+    watch.say("encoding the text")
+    sources = []
+    for index, source in enumerate(recipe.data.mixture):
+        documents = [d for d in corpus.train if d.source == index]
+        sources.append((EncodedDocuments(documents, tokenizer), source.weight))
+    loader = _loader(recipe, sources, tokenizer)
+    length = recipe.pretrain.sequence_length
+    heldout = heldout_rows(corpus.heldout, tokenizer, length, recipe.run.validate_bytes)
+    return Text(corpus, tokenizer, loader, heldout)
+
+
+def _tokenizer(recipe: Recipe, corpus: Corpus, watch: Watch) -> Tokenizer:
+    if recipe.tokenizer.path is not None:
+        tokenizer = load_tokenizer(Path(recipe.tokenizer.path))
+    else:
+        watch.say(f"training a byte-level BPE tokenizer of {recipe.tokenizer.vocab_size} tokens")
+        texts = (document.text for document in corpus.train)
+        tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size)
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= recipe.model.vocab_size:
+        raise BadInput(
+            f"the tokenizer has token ids up to {largest}, model.vocab_size is "
+            f"{recipe.model.vocab_size}: set model.vocab_size to more than that"
+        )
+    return tokenizer
+
+
+def _loader(
+    recipe: Recipe, sources: Sequence[tuple[Tokens, float]], tokenizer: Tokenizer
+) -> Loader:
+    return Loader(
+        sources,
+        tokenizer,
+        sequence_length=recipe.pretrain.sequence_length,
+        seed=recipe.run.seed,
+        fim_rate=recipe.data.fim_rate,
+        token_split_rate=recipe.data.token_split_rate,
+        workers=recipe.data.workers,
+    )
