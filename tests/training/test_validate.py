@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.support import F32, F64, random_model, random_tokens
 from ziphius.model.precision import Precision
 from ziphius.model.transformer import Transformer
-from ziphius.training.validate import bits_per_byte
+from ziphius.training.validate import bits_per_byte, mtp_agreement
 
 
 def slow(model: Transformer, tokens_MT: Tensor, targets_MT: Tensor, n_bytes: int) -> float:
@@ -53,3 +53,30 @@ def test_leaves_no_gradient_behind() -> None:
     tokens_MT = random_tokens(model.config, 2, 8)
     bits_per_byte(model, tokens_MT, tokens_MT, 24)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_agreement_equals_a_loop_over_positions(batch: int) -> None:
+    """The module at position i and the main model at i + 1 predict the same token."""
+    model = random_model(precision=F64, vocab_size=12)
+    stream_MS = random_tokens(model.config, 5, 15)
+    tokens_MT, targets_MT = stream_MS[:, :-1], stream_MS[:, 1:].clone()
+    targets_MT[3, 9:] = -100
+    agreed = counted = 0
+    with torch.no_grad():
+        for m in range(5):
+            main_TV = model(tokens_MT[m : m + 1])[0]
+            draft_TV = model.lm_head(model.features(stream_MS[m : m + 1]).mtp_hidden[0])[0]
+            for i in range(len(draft_TV)):
+                if targets_MT[m, i + 1] != -100:
+                    counted += 1
+                    agreed += int(main_TV[i + 1].argmax() == draft_TV[i].argmax())
+    assert counted == 5 * 13 - 5
+    assert 0 < agreed < counted
+    assert mtp_agreement(model, tokens_MT, targets_MT, batch=batch) == agreed / counted
+
+
+def test_without_mtp_there_is_nothing_to_agree() -> None:
+    model = random_model(num_nextn_predict_layers=0)
+    tokens_MT = random_tokens(model.config, 2, 8)
+    assert mtp_agreement(model, tokens_MT, tokens_MT) is None

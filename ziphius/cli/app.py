@@ -15,8 +15,10 @@ from ziphius import __version__
 from ziphius.cli.convert import convert
 from ziphius.cli.generate import generate
 from ziphius.cli.inspect import inspect
+from ziphius.cli.prepare import prepare
 from ziphius.cli.pretrain import pretrain
 from ziphius.cli.quickstart import quickstart
+from ziphius.cli.report import report
 from ziphius.config.errors import ZiphiusError
 
 HELP = (
@@ -38,7 +40,7 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
-    for verb in (quickstart, pretrain, generate, inspect, convert):
+    for verb in (quickstart, prepare, pretrain, report, generate, inspect, convert):
         app.command()(verb)
     return app
 

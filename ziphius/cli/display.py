@@ -10,10 +10,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 # Without a terminal a line every so many seconds takes the place of the moving bar.
 _PLAIN_EVERY_SECONDS = 15.0
+# Time left is told from so many steps: enough to be steady, few enough to follow the machine.
+_RECENT_STEPS = 20
 
 
 def program() -> str:
@@ -46,6 +48,7 @@ class Display:
         self._began = time.monotonic()
         self._bar: Progress | None = None
         self._last_plain = 0.0
+        self._recent: list[tuple[int, float]] = []
 
     def say(self, text: str) -> None:
         """Print a phase with the time since the start."""
@@ -56,15 +59,32 @@ class Display:
         )
 
     def step(self, record: dict[str, Any], steps: int) -> None:
-        """Show a training step: loss, bits per byte, speed, time left."""
-        shown = (
-            f"loss {record['loss']:.3f}  {record['bpb']:.2f} bits/byte  "
-            f"{record['tokens_per_s']:,.0f} tokens/s"
-        )
+        """Show a training step: loss, bits per byte, speed, share of the peak, time left."""
+        now = time.monotonic()
+        self._recent = [*self._recent[-_RECENT_STEPS:], (record["step"], now)]
+        if record["skipped"]:
+            shown = f"skipped: {record['skipped']}"
+        else:
+            shown = (
+                f"loss {record['loss']:.3f}  {record['bpb']:.2f} bits/byte  "
+                f"{record['tokens_per_s']:,.0f} tokens/s  MFU {record['mfu']:.0%}"
+            )
+        shown += f"  {self._left(steps)} left"
         if self.console.is_terminal:
             self._move(record["step"], steps, shown)
-        elif self._is_due(record["step"], steps):
+        elif self._is_due(record["step"], steps, now):
             self.console.print(f"          step {record['step']}/{steps}  {shown}", highlight=False)
+
+    def _left(self, steps: int) -> str:
+        """Estimate the time to the last step from the latest ones, as 1:23:45 or 2:05."""
+        (first, then), (last, now) = self._recent[0], self._recent[-1]
+        if last <= first:
+            return "?"
+        seconds = round((steps - last) * (now - then) / (last - first))
+        hours, minutes = divmod(seconds // 60, 60)
+        return (
+            f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+        )
 
     def _move(self, step: int, steps: int, shown: str) -> None:
         if self._bar is None:
@@ -72,8 +92,6 @@ class Display:
                 TextColumn("          step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.description}"),
-                TextColumn("[dim]left[/dim]"),
-                TimeRemainingColumn(),
                 console=self.console,
             )
             self._bar.add_task(shown, total=steps)
@@ -83,8 +101,7 @@ class Display:
         if step == steps:
             self._close()
 
-    def _is_due(self, step: int, steps: int) -> bool:
-        now = time.monotonic()
+    def _is_due(self, step: int, steps: int, now: float) -> bool:
         due = step in (1, steps) or now - self._last_plain >= _PLAIN_EVERY_SECONDS
         if due:
             self._last_plain = now

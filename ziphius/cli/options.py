@@ -24,6 +24,14 @@ Overrides = Annotated[
 WithoutMTP = Annotated[
     bool, typer.Option("--without-mtp", help="Leave multi-token prediction modules out.")
 ]
+def length(steps: int | None = None, *, tokens: int | None = None) -> list[str]:
+    """Return the overrides that give a run its length: in steps of a constant batch, or tokens."""
+    if steps is not None:
+        unset = ("pretrain.tokens=null", "pretrain.batch_size_start=null")
+        return [f"pretrain.steps={steps}", *unset]
+    return [f"pretrain.tokens={tokens}", "pretrain.steps=null"] if tokens is not None else []
+
+
 DType = Annotated[
     str | None,
     typer.Option(help="float64, float32 or bfloat16; by default what the checkpoint says."),

@@ -46,8 +46,7 @@ def pretrain(
     from ziphius.training.folder import RunFolder
     from ziphius.training.loop import Stopped
 
-    length = [f"pretrain.steps={steps}", "pretrain.tokens=null"] if steps else []
-    chosen = load_recipe(recipe, [*(overrides or []), *length])
+    chosen = load_recipe(recipe, [*(overrides or []), *options.length(steps)])
     console = Console()
     folder = RunFolder(out, resume=resume)
     try:

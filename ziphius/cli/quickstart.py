@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ziphius.cli.display import Display
+    from ziphius.cli.function import Function
     from ziphius.config.recipe import Recipe
     from ziphius.training.folder import RunFolder
     from ziphius.training.run import Trained
@@ -63,11 +64,13 @@ def quickstart(
     folder.require_room()
     console = Console()
     with Display(console) as display:
-        recipe = run.resolve(load_recipe("tiny", overrides or ()))
+        settings = [*(overrides or ()), *options.length(steps)]
+        recipe = run.resolve(load_recipe("tiny", settings))
         text = prepare_text(recipe, display)
-        chosen = steps or _steps_that_fit(recipe, text, minutes, display)
-        recipe = run.resolve(load_recipe("tiny", [*(overrides or ()), f"pretrain.steps={chosen}"]))
-        limit = math.inf if steps else 60 * minutes * _OVERTIME
+        limit = math.inf
+        if not steps:
+            settings += options.length(tokens=_tokens_that_fit(recipe, text, minutes, display))
+            recipe, limit = run.resolve(load_recipe("tiny", settings)), 60 * minutes * _OVERTIME
         stopping = partial(saving_on_signals, console)
         try:
             trained = run.pretrain(
@@ -80,15 +83,15 @@ def quickstart(
     _tell(console, summary, out, report)
 
 
-def _steps_that_fit(recipe: Recipe, text: Text, minutes: float, display: Display) -> int:
-    """Time some steps of a throw-away model; return how many fit, at most the preset's number."""
+def _tokens_that_fit(recipe: Recipe, text: Text, minutes: float, display: Display) -> int:
+    """Time some steps of a throw-away model; return the tokens that fit, at most the preset's."""
     import time
 
     import torch
 
     from ziphius.training.optimizer import AdamW
     from ziphius.training.run import build_model
-    from ziphius.training.schedule import count_steps, settings_at
+    from ziphius.training.schedule import settings_at
     from ziphius.training.step import train_step
 
     display.say(f"timing {_TIMED_STEPS} steps of a throw-away model")
@@ -96,7 +99,7 @@ def _steps_that_fit(recipe: Recipe, text: Text, minutes: float, display: Display
     config = recipe.pretrain
     model = build_model(recipe)
     optimizer = AdamW(model.parameters(), config)
-    state, settings = text.loader.state(), settings_at(config, 1, 0)
+    state, settings = text.loader.state(), settings_at(config, 1, config.total_tokens)
     seconds = []
     for _ in range(1 + _TIMED_STEPS):
         began = time.perf_counter()
@@ -104,15 +107,17 @@ def _steps_that_fit(recipe: Recipe, text: Text, minutes: float, display: Display
         train_step(model, optimizer, batch, config, settings)
         seconds.append(time.perf_counter() - began)
     text.loader.load_state(state)
+    step_tokens = settings.batch_size * config.sequence_length
     fitting = int(60 * minutes * _TIMED_STEPS / sum(seconds[1:]))
-    return min(count_steps(config), max(_FEWEST_STEPS, fitting))
+    return min(config.total_tokens, step_tokens * max(_FEWEST_STEPS, fitting))
 
 
 def _measure(
     trained: Trained, recipe: Recipe, folder: RunFolder, display: Display
 ) -> dict[str, Any]:
     """Add baselines and a generated function to the run's figures; draw its loss."""
-    from ziphius.cli.function import write_function
+    from ziphius.cli.function import PROMPT, write_function
+    from ziphius.data.corpus import Corpus
     from ziphius.data.heldout import select_heldout
     from ziphius.data.tokenizer import BOS_ID, EOS_ID
     from ziphius.evaluation.baselines import NgramModel, xz_bits_per_byte
@@ -123,12 +128,10 @@ def _measure(
     heldout = select_heldout(corpus.heldout, recipe.run.validate_bytes)
     heldout_text = b"".join(document.text.encode() for document in heldout)
     display.say("measuring an n-gram model and xz on the same text")
-    ngram = NgramModel(b"".join(document.text.encode() for document in corpus.train))
-    summary = {
-        **trained.summary,
-        "ngram_bpb": ngram.bits_per_byte(heldout_text),
-        "xz_bpb": xz_bits_per_byte(heldout_text),
-    }
+    summary = {**trained.summary, "xz_bpb": xz_bits_per_byte(heldout_text)}
+    if isinstance(corpus, Corpus):  # prepared text is there as tokens only
+        ngram = NgramModel(b"".join(document.text.encode() for document in corpus.train))
+        summary["ngram_bpb"] = ngram.bits_per_byte(heldout_text)
     display.say("writing a function")
     tokenizer = trained.text.tokenizer
     function = write_function(
@@ -138,16 +141,25 @@ def _measure(
         "generated": function.text,
         "generated_seed": function.seed,
         "generated_is_valid_python": function.parses,
+        "samples": [{"prompt": PROMPT, "text": function.text, "note": _note(function)}],
     }
     folder.write_summary(summary)
     if summary["steps"] > 1:
         draw_loss(
             folder.metrics.path,
             folder.path / "loss.png",
-            baselines={"n-gram": summary["ngram_bpb"], "xz": summary["xz_bpb"]},
+            baselines={
+                name: summary[key]
+                for name, key in (("n-gram", "ngram_bpb"), ("xz", "xz_bpb"))
+                if key in summary
+            },
             heldout=(summary["heldout_bpb_before"], summary["heldout_bpb_after"]),
         )
     return summary
+
+
+def _note(function: Function) -> str:
+    return f"seed {function.seed}, {'valid' if function.parses else 'not valid'} Python"
 
 
 def _tell(console: Console, summary: dict[str, Any], out: Path, report: Path) -> None:
@@ -157,8 +169,7 @@ def _tell(console: Console, summary: dict[str, Any], out: Path, report: Path) ->
 
     from ziphius.cli.display import program
 
-    valid = "valid" if summary["generated_is_valid_python"] else "not valid"
-    title = f"a function it wrote (seed {summary['generated_seed']}, {valid} Python)"
+    title = f"a function it wrote ({summary['samples'][0]['note']})"
     function = Syntax(summary["generated"], "python", word_wrap=True)
     console.print()
     console.print(Panel(function, title=title, expand=False, width=max(len(title) + 6, 80)))
@@ -175,7 +186,8 @@ def _tell(console: Console, summary: dict[str, Any], out: Path, report: Path) ->
         ("xz on the held-out text", "xz_bpb"),
         ("[bold]after training[/bold]", "heldout_bpb_after"),
     ):
-        table.add_row(name, f"{summary[key]:.3f}")
+        if key in summary:
+            table.add_row(name, f"{summary[key]:.3f}")
     console.print(table)
     console.print(
         f"text: {summary['corpus']}, {summary['corpus_files']} files, "

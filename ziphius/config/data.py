@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -71,6 +71,11 @@ class DataConfig(_Sources, _Cleaning, _Rows):
         if self.sources:
             return self.sources
         return (SourceConfig(path=self.source, text_field=self.text_field),)
+
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """The settings, as JSON, that prepared text depends on: not those of its rows."""
+        return self.model_dump(mode="json", exclude=set(_Rows.model_fields))
 
     @model_validator(mode="after")
     def _one_way_of_naming_sources(self) -> DataConfig:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ziphius.config.errors import BadInput
-from ziphius.data.corpus import Document
+from ziphius.data.documents import Document
 from ziphius.data.tokenizer import BOS_ID, EOS_ID, plain_text_tokenizer
 from ziphius.data.tokens import document_keys, name_bytes
 

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from ziphius.config.errors import BadInput
-from ziphius.data.corpus import Document
+from ziphius.data.documents import Document
 from ziphius.data.encode import encode
 from ziphius.data.tokenizer import EOS_ID
 from ziphius.kernels.loss import IGNORED

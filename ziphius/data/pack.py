@@ -39,6 +39,8 @@ def cut(lengths: Integers, row: int) -> Pieces:
 def best_fit(lengths: Integers, row: int) -> Integers:
     """Return the row of every piece; rows are counted from 0 and hold ``row`` tokens.
 
+    No piece is longer than a row or empty.
+
     Pieces go from the longest to the shortest into the row with the least room that is enough; a
     new row is begun when there is none. Pieces of one length are placed together: the row with the
     least room takes as many as fit, because with one more piece it still has the least. The cost

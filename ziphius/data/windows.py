@@ -44,7 +44,7 @@ class Stream:
 
         Two int64 arrays: their numbers in the source, and their epochs.
         """
-        documents, epochs = [], []
+        documents, epochs = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
         for epoch in range(start // self.tokens_per_epoch, -(-stop // self.tokens_per_epoch)):
             order, starts = self._order(epoch)
             offset = epoch * self.tokens_per_epoch

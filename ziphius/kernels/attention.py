@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ziphius.kernels.cpu.library import Library
 
 
 def causal_attention_reference(
@@ -70,6 +74,88 @@ def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     return q, k, v
 
 
+class _Compiled(torch.autograd.Function):
+    """Keeps its inputs, its output and one number a query."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        library: Library,
+        q_BHTd: Tensor,
+        k_BHTd: Tensor,
+        v_BHTv: Tensor,
+        scale: float,
+        documents_BT: Tensor | None,
+    ) -> Tensor:
+        q_BHTd, k_BHTd, v_BHTv = (_rows(x) for x in (q_BHTd, k_BHTd, v_BHTv))
+        if documents_BT is not None:
+            documents_BT = documents_BT.to(torch.int64).contiguous()
+        high = torch.promote_types(q_BHTd.dtype, torch.float32)
+        out_BHTv = _like(v_BHTv)
+        log_sums_BHT = torch.empty(q_BHTd.shape[:3], dtype=high)
+        tensors = (q_BHTd, k_BHTd, v_BHTv, out_BHTv)
+        ctx.size = (*q_BHTd.shape, v_BHTv.shape[-1], scale)
+        library.call(
+            "attention_forward",
+            q_BHTd.dtype,
+            *tensors[:3],
+            _strides(*tensors),
+            documents_BT,
+            out_BHTv,
+            log_sums_BHT,
+            *ctx.size,
+        )
+        ctx.save_for_backward(*tensors, log_sums_BHT, documents_BT)
+        ctx.library = library
+        return out_BHTv
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None, None]:
+        *tensors, log_sums_BHT, documents_BT = ctx.saved_tensors
+        inputs = (*tensors, _rows(grads[0]))
+        outputs = tuple(_like(x) for x in tensors[:3])
+        ctx.library.call(
+            "attention_backward",
+            tensors[0].dtype,
+            *inputs,
+            _strides(*inputs, *outputs),
+            documents_BT,
+            log_sums_BHT,
+            *outputs,
+            *ctx.size,
+        )
+        dq_BHTd, dk_BHTd, dv_BHTv = outputs
+        return None, dq_BHTd, dk_BHTd, dv_BHTv, None, None
+
+
+def _rows(x_BHTd: Tensor) -> Tensor:
+    """Have the numbers of a head's position side by side."""
+    return x_BHTd if x_BHTd.stride(-1) == 1 else x_BHTd.contiguous()
+
+
+def _like(x_BHTd: Tensor) -> Tensor:
+    """Make a ``[B, H, T, d]`` whose memory is ``[B, T, H, d]``, as projections have it."""
+    B, H, T, d = x_BHTd.shape
+    return torch.empty(B, T, H, d, dtype=x_BHTd.dtype).transpose(1, 2)
+
+
+def _strides(*tensors: Tensor) -> Any:
+    strides = [x.stride(axis) for x in tensors for axis in range(3)]
+    return (ctypes.c_int64 * len(strides))(*strides)
+
+
+def causal_attention_compiled(
+    library: Library,
+    q_BHTd: Tensor,
+    k_BHTd: Tensor,
+    v_BHTv: Tensor,
+    scale: float,
+    documents_BT: Tensor | None = None,
+) -> Tensor:
+    """Do the same in blocks that stay in a processor's cache, none of them above the diagonal."""
+    return _Compiled.apply(library, q_BHTd, k_BHTd, v_BHTv, scale, documents_BT)
+
+
 def latent_attention(
     q_latent_BTHC: Tensor,
     q_rope_BTHR: Tensor,
@@ -104,3 +190,4 @@ VERSIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Ten
     "reference": causal_attention_reference,
     "sdpa": causal_attention_sdpa,
 }
+COMPILED = causal_attention_compiled

@@ -13,9 +13,10 @@ def grouped_linear_reference(x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[
     """Multiply ``counts[e]`` consecutive rows by ``weight[e]``, for every expert in turn.
 
     ``x`` is ``[M, I]`` sorted by expert, ``weight`` ``[E, O, I]``, ``sum(counts) == M``; the
-    result is ``[M, O]``. Differentiable in both.
+    result is ``[M, O]``, in the dtype of ``x``, to which weights are rounded. Differentiable in
+    both.
     """
-    segments = x_MI.split(list(counts))
+    segments, weight_EOI = x_MI.split(list(counts)), weight_EOI.to(x_MI.dtype)
     pairs = zip(segments, weight_EOI.unbind(0), strict=True)
     return torch.cat([segment @ weight_OI.T for segment, weight_OI in pairs])
 
@@ -24,35 +25,57 @@ class _GroupedLinear(torch.autograd.Function):
     """The same with outputs written in place.
 
     Autograd through ``split`` and ``unbind`` would build one full-size gradient a segment and add
-    them up; here each product lands where it belongs.
+    them up; here each product lands where it belongs. A weight may have a wider dtype than the
+    rows: it is rounded to theirs, one expert after the other, and its gradient is not.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward(
+        ctx: Any, x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int], widened: bool
+    ) -> Tensor:
         ctx.save_for_backward(x_MI, weight_EOI)
-        ctx.counts = counts
+        ctx.counts, ctx.widened = counts, widened
         out_MO = x_MI.new_empty(x_MI.shape[0], weight_EOI.shape[1])
         for expert, rows in _segments(counts):
-            torch.mm(x_MI[rows], weight_EOI[expert].T, out=out_MO[rows])
+            weight_OI = weight_EOI[expert].to(x_MI.dtype)
+            if widened:
+                out_MO[rows] = x_MI[rows].float() @ weight_OI.float().T
+            else:
+                torch.mm(x_MI[rows], weight_OI.T, out=out_MO[rows])
         return out_MO
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_MI, weight_EOI = ctx.saved_tensors
         dout_MO = grads[0].contiguous()
         dx_MI = torch.empty_like(x_MI) if ctx.needs_input_grad[0] else None
         dweight_EOI = torch.zeros_like(weight_EOI) if ctx.needs_input_grad[1] else None
+        wide = torch.float32 if ctx.widened else x_MI.dtype
         for expert, rows in _segments(ctx.counts):
+            dout_mO = dout_MO[rows].to(wide)
             if dx_MI is not None:
-                torch.mm(dout_MO[rows], weight_EOI[expert], out=dx_MI[rows])
+                weight_OI = weight_EOI[expert].to(x_MI.dtype).to(wide)
+                _product(dout_mO, weight_OI, dx_MI[rows])
             if dweight_EOI is not None:
-                torch.mm(dout_MO[rows].T, x_MI[rows], out=dweight_EOI[expert])
-        return dx_MI, dweight_EOI, None
+                _product(dout_mO.T, x_MI[rows].to(wide), dweight_EOI[expert])
+        return dx_MI, dweight_EOI, None, None
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
 
 
 def grouped_linear_loop(x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int]) -> Tensor:
     """Do the same, one product a non-empty segment. Shapes as in the reference."""
-    return _GroupedLinear.apply(x_MI, weight_EOI, counts)
+    return _GroupedLinear.apply(x_MI, weight_EOI, counts, False)
+
+
+def grouped_linear_widened(x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int]) -> Tensor:
+    """Do the same with BF16 rows and weights written in FP32, as ``linear_widened`` does."""
+    return _GroupedLinear.apply(x_MI, weight_EOI, counts, x_MI.dtype == torch.bfloat16)
 
 
 def _segments(counts: Sequence[int]) -> list[tuple[int, slice]]:
@@ -68,4 +91,5 @@ def _segments(counts: Sequence[int]) -> list[tuple[int, slice]]:
 VERSIONS: dict[str, Callable[[Tensor, Tensor, Sequence[int]], Tensor]] = {
     "reference": grouped_linear_reference,
     "loop": grouped_linear_loop,
+    "widened": grouped_linear_widened,
 }

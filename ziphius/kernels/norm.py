@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ziphius.kernels.cpu.library import Library
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -49,3 +52,45 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute what ``rms_norm_reference`` does, with less kept for backward."""
     return _RMSNorm.apply(x, weight, eps)
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, library: Library, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        high = torch.promote_types(x.dtype, torch.float32)
+        x_ND, gain_D = _rows(x), weight.to(high).contiguous()
+        out = torch.empty(x.shape, dtype=x.dtype)
+        inverse_root_N = torch.empty(x_ND.shape[0], dtype=high)
+        arguments = (x_ND, x_ND.stride(0), gain_D, out, inverse_root_N, *x_ND.shape, eps)
+        library.call("norm_forward", x.dtype, *arguments)
+        ctx.save_for_backward(x, weight, inverse_root_N)
+        ctx.library = library
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, None]:
+        x, weight, inverse_root_N = ctx.saved_tensors
+        x_ND, gain_D = _rows(x), weight.to(inverse_root_N.dtype).contiguous()
+        dout, dx = grads[0].contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        partial_PD = torch.zeros(torch.get_num_threads(), x.shape[-1], dtype=gain_D.dtype)
+        arguments = (x_ND, x_ND.stride(0), gain_D, inverse_root_N, dout, dx, partial_PD)
+        ctx.library.call("norm_backward", x.dtype, *arguments, *x_ND.shape)
+        return None, dx, partial_PD.sum(0).to(weight.dtype), None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """View ``x`` as rows whose own numbers lie side by side, or copy it."""
+    x_ND = x.reshape(-1, x.shape[-1])
+    return x_ND if x_ND.stride(-1) == 1 else x_ND.contiguous()
+
+
+def rms_norm_compiled(library: Library, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Do the same in two passes over memory forward and back, and not in a dozen."""
+    return _Compiled.apply(library, x, weight, eps)
+
+
+VERSIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "reference": rms_norm_reference,
+    "torch": rms_norm,
+}
+COMPILED = rms_norm_compiled

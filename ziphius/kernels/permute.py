@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ziphius.kernels.cpu.library import Library
 
 
 class _Permute(torch.autograd.Function):
@@ -54,3 +57,62 @@ def unpermute(rows_MD: Tensor, order_M: Tensor, inverse_M: Tensor, K: int) -> Te
     The sum is taken in at least FP32, one row after the other, and rounded once.
     """
     return _Unpermute.apply(rows_MD, order_M, inverse_M, K)
+
+
+class _CompiledPermute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, library: Library, u_ND: Tensor, order_M: Tensor, inverse_M: Tensor, K: int
+    ) -> Tensor:
+        ctx.save_for_backward(order_M, inverse_M)
+        ctx.library, ctx.K = library, K
+        u_ND = u_ND.contiguous()
+        out_MD = u_ND.new_empty(len(order_M), u_ND.shape[1])
+        library.call("permute", u_ND.dtype, u_ND, order_M, out_MD, *out_MD.shape, K)
+        return out_MD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None, None]:
+        order_M, inverse_M = ctx.saved_tensors
+        du_ND = _CompiledUnpermute.apply(ctx.library, grads[0], order_M, inverse_M, ctx.K)
+        return None, du_ND, None, None, None
+
+
+class _CompiledUnpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, library: Library, rows_MD: Tensor, order_M: Tensor, inverse_M: Tensor, K: int
+    ) -> Tensor:
+        ctx.save_for_backward(order_M, inverse_M)
+        ctx.library, ctx.K = library, K
+        rows_MD = rows_MD.contiguous()
+        out_ND = rows_MD.new_empty(len(rows_MD) // K, rows_MD.shape[1])
+        library.call("unpermute", rows_MD.dtype, rows_MD, inverse_M, out_ND, *out_ND.shape, K)
+        return out_ND
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None, None]:
+        order_M, inverse_M = ctx.saved_tensors
+        drows_MD = _CompiledPermute.apply(ctx.library, grads[0], order_M, inverse_M, ctx.K)
+        return None, drows_MD, None, None, None
+
+
+def permute_compiled(
+    library: Library, u_ND: Tensor, order_M: Tensor, inverse_M: Tensor, K: int
+) -> Tensor:
+    """Do what ``permute`` does; its backward sums without a copy between."""
+    return _CompiledPermute.apply(library, u_ND, order_M, inverse_M, K)
+
+
+def unpermute_compiled(
+    library: Library, rows_MD: Tensor, order_M: Tensor, inverse_M: Tensor, K: int
+) -> Tensor:
+    """Do what ``unpermute`` does, bit for bit, without a copy between."""
+    return _CompiledUnpermute.apply(library, rows_MD, order_M, inverse_M, K)
+
+
+Move = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+VERSIONS: dict[str, Move] = {"torch": permute}
+COMPILED = permute_compiled
+BACK_VERSIONS: dict[str, Move] = {"torch": unpermute}
+BACK_COMPILED = unpermute_compiled

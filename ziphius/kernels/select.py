@@ -2,28 +2,100 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from ziphius.config.errors import BadInput
 from ziphius.config.table import nearest
-from ziphius.kernels import attention, grouped
+from ziphius.kernels import adamw, attention, expand, grouped, linear, loss, norm, permute, swiglu
+from ziphius.kernels.cpu.library import Library, build
 
-DEFAULTS: Mapping[str, str] = {"attention": "sdpa", "grouped": "loop"}
+COMPILED = "cpp"
+# Of every operation the table of versions, and the one that needs the library, if there is one.
+OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
+    "attention": (attention.VERSIONS, attention.COMPILED),
+    "grouped": (grouped.VERSIONS, None),
+    "linear": (linear.VERSIONS, None),
+    "norm": (norm.VERSIONS, norm.COMPILED),
+    "swiglu": (swiglu.VERSIONS, swiglu.COMPILED),
+    "permute": (permute.VERSIONS, permute.COMPILED),
+    "unpermute": (permute.BACK_VERSIONS, permute.BACK_COMPILED),
+    "expand": (expand.VERSIONS, expand.COMPILED),
+    "loss": (loss.VERSIONS, loss.COMPILED),
+    "adamw": (adamw.VERSIONS, adamw.COMPILED),
+}
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The chosen version of every operation that has more than one."""
+    """The chosen version of every operation that has more than one.
 
-    attention: str = DEFAULTS["attention"]
-    grouped: str = DEFAULTS["grouped"]
+    The version ``cpp`` is that of ``library``, for tensors on a processor. ``grouped``, ``linear``
+    and the loss's products are torch's: ``widened`` is a way to ask for them (see
+    ``linear_widened``).
+    """
+
+    attention: str = "sdpa"
+    grouped: str = "loop"
+    linear: str = "native"
+    norm: str = "torch"
+    swiglu: str = "torch"
+    permute: str = "torch"
+    unpermute: str = "torch"
+    expand: str = "torch"
+    loss: str = "torch"
+    adamw: str = "torch"
+    library: Library | None = None
 
     def __post_init__(self) -> None:
-        for op, table in (("attention", attention.VERSIONS), ("grouped", grouped.VERSIONS)):
+        for op, (versions, compiled) in OPERATIONS.items():
             name = getattr(self, op)
-            if name not in table:
-                raise BadInput(f"kernel {op}: no version '{name}'{nearest(name, table)}")
+            if name == COMPILED and compiled is not None:
+                if self.library is None:
+                    raise BadInput(f"kernel {op}: '{COMPILED}' needs the compiled library")
+            elif name not in versions:
+                names = [*versions, *([COMPILED] if compiled else [])]
+                raise BadInput(f"kernel {op}: no version '{name}'{nearest(name, names)}")
+
+    def function(self, op: str) -> Any:
+        """Return the chosen version of an operation."""
+        name, (versions, compiled) = getattr(self, op), OPERATIONS[op]
+        return partial(compiled, self.library) if name == COMPILED else versions[name]
 
     def __str__(self) -> str:
-        return f"attention={self.attention} grouped={self.grouped}"
+        chosen = (f.name for f in fields(self) if f.name != "library")
+        return " ".join(f"{op}={getattr(self, op)}" for op in chosen)
+
+
+def compiled_kernels(folder: Path, compute: torch.dtype) -> Kernels:
+    """Choose the fastest versions for training on this processor; ``folder`` keeps the library.
+
+    BF16 products are widened if that was measured to be faster. Raises BadInput where there is no
+    compiler.
+    """
+    chosen = {op: COMPILED for op, (_, compiled) in OPERATIONS.items() if compiled is not None}
+    if compute == torch.bfloat16 and _widening_pays():
+        chosen |= {"linear": "widened", "grouped": "widened"}
+    return Kernels(**chosen, library=build(folder))
+
+
+def _widening_pays(rows: int = 512, width: int = 256) -> bool:
+    """Measure an expert's product in BF16, and in FP32 with the casts there and back."""
+    x, weight = torch.randn(rows, width).bfloat16(), torch.randn(width, width).bfloat16()
+    best = {False: float("inf"), True: float("inf")}
+    for _ in range(8):
+        for widened in best:
+            began = time.perf_counter()
+            for _ in range(4):
+                if widened:
+                    (x.float() @ weight.float().T).bfloat16()
+                else:
+                    x @ weight.T
+            best[widened] = min(best[widened], time.perf_counter() - began)
+    return best[True] < best[False]

@@ -50,9 +50,9 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         eps, D = config.rms_norm_eps, config.hidden_size
-        self.input_layernorm = RMSNorm(D, eps, precision, device)
+        self.input_layernorm = RMSNorm(D, eps, precision, kernels, device)
         self.self_attn = MLA(config, precision, kernels, device)
-        self.post_attention_layernorm = RMSNorm(D, eps, precision, device)
+        self.post_attention_layernorm = RMSNorm(D, eps, precision, kernels, device)
         feed_forward = Dense if dense else MixtureOfExperts
         self.mlp: FeedForward = feed_forward(config, precision, kernels, device)
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ziphius.kernels.permute import permute, unpermute
+from ziphius.kernels.select import Kernels
 from ziphius.model.router import Routing, expert_counts
 
 
@@ -61,12 +61,18 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """All experts live in this process: dispatch and combine are two permutations."""
 
+    def __init__(self, kernels: Kernels) -> None:
+        self.permute = kernels.function("permute")
+        self.unpermute = kernels.function("unpermute")
+
     def dispatch(self, u_ND: Tensor, routing: Routing, sort: LocalSort) -> Sent:
         """Copy every token's row next to the other rows of its expert."""
-        rows_MD = permute(u_ND, sort.order_M, sort.inverse_M, sort.top_k)
+        rows_MD = self.permute(u_ND, sort.order_M, sort.inverse_M, sort.top_k)
         gates_M = routing.weights_NK.flatten().index_select(0, sort.order_M)
         return Sent(rows_MD, gates_M, sort.counts_E.tolist(), sort)
 
     def combine(self, rows_MD: Tensor, sent: Sent) -> Tensor:
         """Bring the rows back into the tokens' order and sum them."""
-        return unpermute(rows_MD, sent.sort.order_M, sent.sort.inverse_M, sent.sort.top_k)
+        sort = sent.sort
+        sums_ND: Tensor = self.unpermute(rows_MD, sort.order_M, sort.inverse_M, sort.top_k)
+        return sums_ND

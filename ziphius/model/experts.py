@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
-from ziphius.kernels import grouped
 from ziphius.kernels.select import Kernels
-from ziphius.kernels.swiglu import swiglu
 from ziphius.model.dispatch import Sent
 from ziphius.model.layers import Device
 from ziphius.model.precision import Precision
@@ -48,12 +46,12 @@ class ExpertStore(nn.Module, ABC):
         return table[chosen_NK, token_N1 % numbers[chosen_NK]]
 
     @abstractmethod
-    def gate_up(self, dtype: torch.dtype) -> Tensor:
-        """Gate and up projections of every slot, ``[slots, 2F, D]``, the gate first."""
+    def gate_up(self) -> Tensor:
+        """Gate and up projections of every slot as stored, ``[slots, 2F, D]``, the gate first."""
 
     @abstractmethod
-    def down(self, dtype: torch.dtype) -> Tensor:
-        """Down projections of every slot, ``[slots, D, F]``."""
+    def down(self) -> Tensor:
+        """Down projections of every slot as stored, ``[slots, D, F]``."""
 
     @abstractmethod
     def named_experts(self) -> Iterator[tuple[str, Tensor]]:
@@ -78,11 +76,11 @@ class StackedExperts(ExpertStore):
         self.gate_up_proj = nn.Parameter(torch.empty(S, 2 * F, D, dtype=dtype, device=device))
         self.down_proj = nn.Parameter(torch.empty(S, D, F, dtype=dtype, device=device))
 
-    def gate_up(self, dtype: torch.dtype) -> Tensor:
-        return self.gate_up_proj.to(dtype)
+    def gate_up(self) -> Tensor:
+        return self.gate_up_proj
 
-    def down(self, dtype: torch.dtype) -> Tensor:
-        return self.down_proj.to(dtype)
+    def down(self) -> Tensor:
+        return self.down_proj
 
     def named_experts(self) -> Iterator[tuple[str, Tensor]]:
         F = self.down_proj.shape[-1]
@@ -105,16 +103,19 @@ class RoutedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.dtype = precision.dtype("linear")
-        self.grouped = grouped.VERSIONS[kernels.grouped]
+        self.grouped = kernels.function("grouped")
+        self.swiglu = kernels.function("swiglu")
         self.store: ExpertStore = StackedExperts(config, precision, device)
 
     def forward(self, sent: Sent) -> Tensor:
         """Compute the experts' rows ``[M, D]`` in the order they were sent."""
-        gate_up_MG = self.grouped(sent.rows_MD, self.store.gate_up(self.dtype), sent.counts)
+        rows_MD = sent.rows_MD.to(self.dtype)
+        gate_up_MG = self.grouped(rows_MD, self.store.gate_up(), sent.counts)
         hidden_MF = self.activate(gate_up_MG, sent.gates_M)
-        return self.grouped(hidden_MF, self.store.down(self.dtype), sent.counts)
+        out_MD: Tensor = self.grouped(hidden_MF, self.store.down(), sent.counts)
+        return out_MD
 
     def activate(self, gate_up_MG: Tensor, gates_M: Tensor) -> Tensor:
         """SwiGLU times the routing weight, ``[M, F]``."""
-        gate_MF, up_MF = gate_up_MG.chunk(2, dim=-1)
-        return swiglu(gate_MF, up_MF, gates_M)
+        hidden_MF: Tensor = self.swiglu(gate_up_MG, None, gates_M)
+        return hidden_MF

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
 from ziphius.kernels.select import Kernels
-from ziphius.kernels.swiglu import swiglu
 from ziphius.model.dispatch import Dispatcher, LocalDispatcher, LocalSort, Sent, sort_by_slot
 from ziphius.model.experts import RoutedExperts
 from ziphius.model.layers import Device, Linear
@@ -50,18 +49,22 @@ class FeedForward(Protocol):
 class SwiGLU(nn.Module):
     """``down(silu(gate(x)) * up(x))`` (facts 1.2)."""
 
-    def __init__(self, width: int, inner: int, precision: Precision, device: Device) -> None:
+    def __init__(
+        self, width: int, inner: int, precision: Precision, kernels: Kernels, device: Device
+    ) -> None:
         super().__init__()
-        self.gate_proj = Linear(width, inner, precision, device)
-        self.up_proj = Linear(width, inner, precision, device)
-        self.down_proj = Linear(inner, width, precision, device)
+        self.swiglu = kernels.function("swiglu")
+        self.gate_proj = Linear(width, inner, precision, kernels, device)
+        self.up_proj = Linear(width, inner, precision, kernels, device)
+        self.down_proj = Linear(inner, width, precision, kernels, device)
 
     def forward(self, u_ND: Tensor) -> Tensor:
         return self.down_proj(self.activate(self.gate_proj(u_ND), self.up_proj(u_ND)))
 
     def activate(self, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
         """Apply the gated activation, ``[N, F]``."""
-        return swiglu(gate_NF, up_NF)
+        hidden_NF: Tensor = self.swiglu(gate_NF, up_NF)
+        return hidden_NF
 
 
 class Dense(SwiGLU):
@@ -70,7 +73,7 @@ class Dense(SwiGLU):
     def __init__(
         self, config: ModelConfig, precision: Precision, kernels: Kernels, device: Device
     ) -> None:
-        super().__init__(config.hidden_size, config.intermediate_size, precision, device)
+        super().__init__(config.hidden_size, config.intermediate_size, precision, kernels, device)
 
     def route(self, u_ND: Tensor, chosen_NK: Tensor | None) -> Routed | None:
         return None
@@ -102,8 +105,8 @@ class MixtureOfExperts(nn.Module):
         self.gate = Router(config, precision, device)
         self.experts = RoutedExperts(config, precision, kernels, device)
         shared_width = config.n_shared_experts * config.moe_intermediate_size
-        self.shared_experts = SwiGLU(config.hidden_size, shared_width, precision, device)
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.shared_experts = SwiGLU(config.hidden_size, shared_width, precision, kernels, device)
+        self.dispatcher: Dispatcher = LocalDispatcher(kernels)
 
     def route(self, u_ND: Tensor, chosen_NK: Tensor | None) -> Routed | None:
         routing = self.gate(u_ND, chosen_NK)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ziphius.kernels.norm import rms_norm
+from ziphius.kernels.select import Kernels
 from ziphius.model.precision import Kind, Precision
 
 Device = torch.device | str | None
@@ -24,29 +24,36 @@ class Linear(nn.Module):
         in_features: int,
         out_features: int,
         precision: Precision,
+        kernels: Kernels,
         device: Device,
         kind: Kind = "linear",
     ) -> None:
         super().__init__()
         self.dtype = precision.dtype(kind)
+        self.linear = kernels.function("linear")
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, dtype=precision.storage, device=device)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.dtype), self.weight.to(self.dtype))
+        y: Tensor = self.linear(x, self.weight, self.dtype)
+        return y
 
 
 class RMSNorm(nn.Module):
     """``g * x / sqrt(mean(x^2) + eps)`` in at least FP32, cast back (facts 1.2)."""
 
-    def __init__(self, width: int, eps: float, precision: Precision, device: Device) -> None:
+    def __init__(
+        self, width: int, eps: float, precision: Precision, kernels: Kernels, device: Device
+    ) -> None:
         super().__init__()
         self.eps = eps
+        self.rms_norm = kernels.function("norm")
         self.weight = nn.Parameter(torch.empty(width, dtype=precision.storage, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        y: Tensor = self.rms_norm(x, self.weight, self.eps)
+        return y
 
 
 class Embedding(nn.Module):

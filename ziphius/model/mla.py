@@ -53,25 +53,26 @@ class MLA(nn.Module):
         self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.v, self.latent = config.v_head_dim, config.kv_lora_rank
         self.scale = softmax_scale(config)
-        self.attention = attention.VERSIONS[kernels.attention]
+        self.attention = kernels.function("attention")
+        self.expand_heads = kernels.function("expand")
         self.pads = kernels.attention in attention.WANT_EQUAL_WIDTHS
         H, D, Q = self.heads, config.hidden_size, config.q_lora_rank
         q_out = H * config.qk_head_dim
         self.has_query_latent = Q is not None
 
         def norm(width: int) -> RMSNorm:
-            return RMSNorm(width, LATENT_NORM_EPS, precision, device)
+            return RMSNorm(width, LATENT_NORM_EPS, precision, kernels, device)
 
         if Q is None:
-            self.q_proj = Linear(D, q_out, precision, device)
+            self.q_proj = Linear(D, q_out, precision, kernels, device)
         else:
-            self.q_a_proj = Linear(D, Q, precision, device)
+            self.q_a_proj = Linear(D, Q, precision, kernels, device)
             self.q_a_layernorm = norm(Q)
-            self.q_b_proj = Linear(Q, q_out, precision, device)
-        self.kv_a_proj_with_mqa = Linear(D, self.latent + self.rope, precision, device)
+            self.q_b_proj = Linear(Q, q_out, precision, kernels, device)
+        self.kv_a_proj_with_mqa = Linear(D, self.latent + self.rope, precision, kernels, device)
         self.kv_a_layernorm = norm(self.latent)
-        self.kv_b_proj = Linear(self.latent, H * (self.nope + self.v), precision, device)
-        self.o_proj = Linear(H * self.v, D, precision, device)
+        self.kv_b_proj = Linear(self.latent, H * (self.nope + self.v), precision, kernels, device)
+        self.o_proj = Linear(H * self.v, D, precision, kernels, device)
 
     def forward(
         self,
@@ -140,12 +141,28 @@ class MLA(nn.Module):
         They are padded here where the attention kernel would do it: what is computed again in
         backward must be what the kernel saves.
         """
+        if self.expand_heads is not None:
+            return self._expand_in_one(q_BTQ, kv_BTc, rope)
         q_BTHd = torch.cat(self.queries(q_BTQ, rope), dim=-1)
         latent_BTC, k_rope_BTR = self.latents(kv_BTc, rope)
         kv_BTHo = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1))
         k_nope_BTHn, v_BTHv = kv_BTHo.split((self.nope, self.v), dim=-1)
         k_rope_BTHR = k_rope_BTR.unsqueeze(2).expand(-1, -1, self.heads, -1)
         k_BTHd = torch.cat((k_nope_BTHn, k_rope_BTHR), dim=-1)
+        if self.pads:
+            q_BTHd, k_BTHd, v_BTHv = attention.equal_widths(q_BTHd, k_BTHd, v_BTHv)
+        return q_BTHd.transpose(1, 2), k_BTHd.transpose(1, 2), v_BTHv.transpose(1, 2)
+
+    def _expand_in_one(
+        self, q_BTQ: Tensor, kv_BTc: Tensor, rope: Rope
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Do the same by a kernel that takes everything after the up-projections."""
+        if self.has_query_latent:
+            q_BTQ = self.q_b_proj(self.q_a_layernorm(q_BTQ))
+        latent_BTC, k_rope_BTR = kv_BTc.split((self.latent, self.rope), dim=-1)
+        kv_BTHo = self.kv_b_proj(self.kv_a_layernorm(latent_BTC)).unflatten(-1, (self.heads, -1))
+        q_BTHd = q_BTQ.unflatten(-1, (self.heads, -1))
+        q_BTHd, k_BTHd, v_BTHv = self.expand_heads(q_BTHd, kv_BTHo, k_rope_BTR, *rope)
         if self.pads:
             q_BTHd, k_BTHd, v_BTHv = attention.equal_widths(q_BTHd, k_BTHd, v_BTHv)
         return q_BTHd.transpose(1, 2), k_BTHd.transpose(1, 2), v_BTHv.transpose(1, 2)

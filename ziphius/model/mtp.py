@@ -28,11 +28,11 @@ class MTPModule(nn.Module):
     ) -> None:
         super().__init__()
         eps, D = config.rms_norm_eps, config.hidden_size
-        self.enorm = RMSNorm(D, eps, precision, device)
-        self.hnorm = RMSNorm(D, eps, precision, device)
-        self.eh_proj = Linear(2 * D, D, precision, device)
+        self.enorm = RMSNorm(D, eps, precision, kernels, device)
+        self.hnorm = RMSNorm(D, eps, precision, kernels, device)
+        self.eh_proj = Linear(2 * D, D, precision, kernels, device)
         self.block = Block(config, precision, kernels, device, dense=False)
-        self.norm = RMSNorm(D, eps, precision, device)
+        self.norm = RMSNorm(D, eps, precision, kernels, device)
 
     def forward(
         self,

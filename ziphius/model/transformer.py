@@ -71,8 +71,8 @@ class Transformer(nn.Module):
             for i in range(L)
         ]
         self.layers = cast("Sequence[Block]", nn.ModuleList(blocks))
-        self.norm = RMSNorm(D, config.rms_norm_eps, precision, device)
-        self.lm_head = Linear(D, V, precision, device, kind="head")
+        self.norm = RMSNorm(D, config.rms_norm_eps, precision, kernels, device)
+        self.lm_head = Linear(D, V, precision, kernels, device, kind="head")
         modules = [
             MTPModule(config, precision, kernels, device)
             for _ in range(config.num_nextn_predict_layers)

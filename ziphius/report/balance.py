@@ -145,5 +145,6 @@ def _layer(index: int, entries: list[Any]) -> Layer:
 
 def _number(entry: Mapping[str, Any], name: str) -> float:
     value = entry.get(name)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number else math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value)

@@ -10,16 +10,26 @@ from matplotlib.ticker import MaxNLocator
 
 from ziphius.report import heat
 from ziphius.report.experts import LayerFigures, load_map, violation_map
-from ziphius.report.formats import short, tidy, whole
+from ziphius.report.formats import whole
 from ziphius.report.read import Run
 from ziphius.report.series import Ints, corners, extremes
 from ziphius.report.style import (
-    AXIS, BLUE, FONT, GREEN, MUTED, OLIVE, ORANGE, PURPLE, SMALL, Key, Panel, fit, new_figure,
+    BLUE,
+    GREEN,
+    OLIVE,
+    ORANGE,
+    PURPLE,
+    SMALL,
+    Key,
+    Panel,
+    fit,
+    new_figure,
     step_axis,
-)  # fmt: skip
+)
 
 _COLUMNS = 200
 _CELLS = 1_200_000  # of all heat maps together: a page stays small however many layers there are
+_HEIGHT = 128  # pixels of a heat map, about
 _LAYER_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, OLIVE)
 
 
@@ -34,10 +44,15 @@ class Map:
     note: str
     alarming: float
 
+    @property
+    def height(self) -> int:
+        """Pixels of the page: whole ones for an expert, so that no row is lost."""
+        return self.experts * max(1, _HEIGHT // self.experts)
+
 
 def layer_name(run: Run, index: int) -> str:
     """Return how the page calls a layer."""
-    return f"layer {index}, MTP" if run.is_mtp(index) else f"layer {index}"
+    return f"layer {index} (MTP)" if run.is_mtp(index) else f"layer {index}"
 
 
 def maps(run: Run, layers: tuple[LayerFigures, ...]) -> tuple[Map, ...]:
@@ -53,7 +68,7 @@ def _map(run: Run, figures: LayerFigures, steps: Ints, columns: int) -> Map:
     if figures.last_dead:
         parts.append(f"{figures.last_dead} dead")
     return Map(
-        name=layer_name(run, figures.index).capitalize(),
+        name=layer_name(run, figures.index).replace("l", "L", 1),
         picture=heat.picture(relative_EC),
         experts=figures.experts,
         columns=relative_EC.shape[1],
@@ -71,19 +86,20 @@ def layers_panel(run: Run, layers: tuple[LayerFigures, ...]) -> Panel | None:
     figure, axes = new_figure(SMALL, left=34)
     colours = matplotlib.colors.ListedColormap(heat.palette() / 255)
     first, last = float(steps[0]), float(steps[-1])
+    end = last if last > first else first + 1
     axes.imshow(
         heat.levels(busiest_LC), cmap=colours, vmin=0, vmax=heat.ABSENT, aspect="auto",
-        interpolation="none", extent=(first, last or 1.0, len(layers) - 0.5, -0.5),
+        interpolation="none", extent=(first, end, len(layers) - 0.5, -0.5),
     )  # fmt: skip
     step_axis(axes, first, last)
-    axes.set_xlim(first, last if last > first else first + 1)
+    axes.set_xlim(first, end)
     axes.grid(visible=False)
     axes.yaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     shown = [int(i) for i in axes.yaxis.get_major_locator()() if 0 <= i < len(layers)]
     axes.set_yticks(shown, [str(layers[i].index) for i in shown])
     worst = int(np.nanargmax([np.nan_to_num(f.late_violation, nan=-1.0) for f in layers]))
     return Panel(
-        "layers", "Busiest expert by layer", "load ÷ mean load", figure,
+        "layers", "Busiest expert by layer", "colours as below", figure,
         note=f"Rows are layers. Over the last tenth {layer_name(run, layers[worst].index)} is "
         f"highest: {1 + layers[worst].late_violation:.2f} times the mean.",
     )  # fmt: skip
@@ -99,7 +115,7 @@ def bias_panel(run: Run, layers: tuple[LayerFigures, ...]) -> Panel | None:
     steps = run.balance.steps.astype(np.float64)
     few = len(told) <= len(_LAYER_COLOURS)
     points = 400 if few else 100
-    keys = []
+    keys: list[Key] = []
     for i, figures in enumerate(told):
         colour = _LAYER_COLOURS[i] if few else _depth_colour(i, len(told))
         low_R, mean_R, high_R = figures.layer.bias_R3.T
@@ -109,7 +125,8 @@ def bias_panel(run: Run, layers: tuple[LayerFigures, ...]) -> Panel | None:
         axes.plot(*extremes(steps, mean_R, points), color=colour, linewidth=0.9,
                   linestyle=(0, (2, 2)), alpha=0.9)  # fmt: skip
         if few:
-            keys.append(Key(colour, "thick", layer_name(run, figures.index)))
+            name = layer_name(run, figures.index)
+            keys.append(Key(colour, "thick", name if not keys else name.removeprefix("layer ")))
     if not few:
         keys = [
             Key(_depth_colour(i, len(told)), "thick", layer_name(run, told[i].index))
@@ -117,9 +134,7 @@ def bias_panel(run: Run, layers: tuple[LayerFigures, ...]) -> Panel | None:
         ]
     step_axis(axes, steps[0], steps[-1])
     fit(axes, np.concatenate([f.layer.bias_R3.ravel() for f in told]))
-    return Panel(
-        "bias", "Routing bias", "smallest, mean (dashed), largest", figure, tuple(keys)
-    )
+    return Panel("bias", "Routing bias", "smallest, mean (dashed), largest", figure, tuple(keys))
 
 
 def dead_panel(run: Run, layers: tuple[LayerFigures, ...]) -> Panel | None:
@@ -138,7 +153,7 @@ def dead_panel(run: Run, layers: tuple[LayerFigures, ...]) -> Panel | None:
     total = sum(figures.experts for figures in layers)
     return Panel(
         "dead", "Experts without a token", f"of {whole(total)}, all layers", figure,
-        note=f"Last logged step, {short(steps[-1])}: {whole(dead_R[-1])}.",
+        note=f"In the last logged step, {whole(steps[-1])}: {whole(dead_R[-1])}.",
     )  # fmt: skip
 
 
@@ -167,7 +182,7 @@ def layer_rows(run: Run, layers: tuple[LayerFigures, ...]) -> list[list[str]]:
                 f"{figures.ever_dead} of {figures.experts}",
                 str(figures.last_dead),
                 stretch,
-                " / ".join(tidy(value) for value in bias) if bias else "",
+                " / ".join(f"{value:.3g}" for value in bias) if bias else "",
             ]
         )
     return rows

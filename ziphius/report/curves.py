@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,62 +9,50 @@ from matplotlib.ticker import FuncFormatter
 
 from ziphius.report.formats import short
 from ziphius.report.labels import Label, write_labels
+from ziphius.report.lines import (
+    draw_abandoned,
+    draw_curve,
+    event_keys,
+    limited,
+    mark_events,
+)
 from ziphius.report.read import Metrics, Run
-from ziphius.report.series import Floats, extremes, half_window, smooth
+from ziphius.report.series import Floats, extremes, half_window
 from ziphius.report.style import (
-    BLUE, FONT, GREEN, INK, MUTED, NARROW, OLIVE, ORANGE, PURPLE, SMALL, WIDE, Key, Panel, fit,
-    new_figure, step_axis,
-)  # fmt: skip
+    BLUE,
+    FONT,
+    GREEN,
+    INK,
+    MUTED,
+    NARROW,
+    OLIVE,
+    ORANGE,
+    PURPLE,
+    SMALL,
+    WIDE,
+    Key,
+    Mark,
+    Panel,
+    fit,
+    new_figure,
+    step_axis,
+)
 
 BASELINES = (("ngram_bpb", "n-gram model", PURPLE), ("xz_bpb", "xz", OLIVE))
+_TRAINING = (("bpb", "training", BLUE), ("mtp_bpb", "training, MTP", GREEN))
+_HELDOUT: tuple[tuple[str, str, Mark], ...] = (
+    ("heldout_bpb", "held-out", "dot"),
+    ("heldout_bpb_ema", "held-out, averaged weights", "ring"),
+)
 _POINTS = 2000  # of a curve in a wide picture; small ones carry half
-_MARKS = 200
-_LABELS_WIDTH = 190.0
-
-
-@dataclass(frozen=True)
-class _Level:
-    name: str
-    value: float
-    colour: str
-
-
-def average(metrics: Metrics, name: str) -> Floats:
-    """Return the smooth line of a column. A step that was not applied takes no part in it."""
-    values = np.where(metrics.applied, metrics.columns[name], np.nan)
-    return smooth(values, half_window(len(values)))
-
-
-def draw_curve(
-    axes: Axes, metrics: Metrics, name: str, colour: str, points: int
-) -> tuple[Floats, Floats]:
-    """Draw a column, thin by step and thick smoothed; return both lines' values."""
-    steps = metrics.steps.astype(np.float64)
-    thin = extremes(steps, metrics.columns[name], points)
-    thick = extremes(steps, average(metrics, name), points)
-    few = {"marker": "o", "markersize": 2.5} if len(thin[0]) < 3 else {}
-    axes.plot(*thin, color=colour, linewidth=0.7, alpha=0.4, zorder=2)
-    axes.plot(*thick, color=colour, linewidth=1.9, zorder=3, solid_capstyle="round", **few)
-    return thin[1], thick[1]
+_LABELS_WIDTH = 255.0
 
 
 def bits_panel(run: Run) -> Panel | None:
     """Bits per byte: training, held-out text, and what simpler models need for the same text."""
-    metrics = run.metrics
-    if not metrics.has("bpb") and not metrics.has("heldout_bpb"):
+    metrics, entries = run.metrics, _entries(run)
+    if not entries:
         return None
-    keys = [
-        Key(colour, "thick", f"{label} {value:.3f}")
-        for name, label, colour in _curves()
-        if (value := _end(metrics, name)) is not None
-    ]
-    points = heldout(run)
-    if points is not None:
-        keys.append(Key(ORANGE, "dot", f"held-out {points[1][-1]:.3f}"))
-    if metrics.has("heldout_bpb_ema"):
-        value = metrics.last("heldout_bpb_ema")
-        keys.append(Key(ORANGE, "ring", f"held-out, averaged weights {value:.3f}"))
-    keys += [Key(level.colour, "dash", f"{level.name} {level.value:.3f}") for level in levels(run)]
     events = event_keys(run)
     window = 2 * half_window(len(metrics.steps)) + 1
     return Panel(
@@ -75,7 +61,7 @@ def bits_panel(run: Run) -> Panel | None:
         unit="less is better",
         figure=bits_figure(run, WIDE),
         narrow=bits_figure(run, NARROW),
-        keys=(*keys, *events),
+        keys=(*(entry for entry, _ in entries), *events),
         bare_keys=events,
         note=f"Thin: every step. Thick: average over {window} steps"
         + (", without skipped ones." if metrics.skips else "."),
@@ -84,46 +70,64 @@ def bits_panel(run: Run) -> Panel | None:
 
 def bits_figure(run: Run, size: tuple[float, float]) -> Figure:
     """Draw bits per byte; the wide shape has labels at its lines and a second axis in tokens."""
-    metrics, wide = run.metrics, size == WIDE
+    wide = size == WIDE
     figure, axes = (
-        new_figure(size, right=_LABELS_WIDTH, top=40, left=38)
+        new_figure(size, right=_LABELS_WIDTH, top=48, left=38, bottom=42, font=FONT + 2)
         if wide
         else new_figure(size, left=34)
     )
-    extent: list[Floats] = []
-    labels = []
-    for name, label, colour in _curves():
-        end = _end(metrics, name)
-        if end is not None:
-            thin, thick = draw_curve(axes, metrics, name, colour, _POINTS if wide else 1000)
-            extent += [limited(thin, thick)]
-            labels.append(Label(end, f"{label}  {end:.3f}", colour, "bold"))
-    for level in levels(run):
-        axes.axhline(level.value, color=level.colour, linewidth=1.3, linestyle=(0, (5, 3)))
-        extent.append(np.array([level.value]))
-        labels.append(Label(level.value, f"{level.name}  {level.value:.3f}", level.colour))
-    points = heldout(run)
-    if points is not None:
-        axes.plot(*points, "o-", color=ORANGE, markersize=4.5, linewidth=1.0, zorder=5)
-        extent.append(points[1])
-        text = f"held-out  {points[1][-1]:.3f}"
-        labels.append(Label(float(points[1][-1]), text, ORANGE, "bold"))
-    if metrics.has("heldout_bpb_ema"):
-        steps, values = metrics.points("heldout_bpb_ema")
-        axes.plot(
-            steps, values, "o", color=ORANGE, markersize=6.5, markerfacecolor="none", zorder=5
-        )
-        extent.append(values)
-        text = f"averaged weights  {values[-1]:.3f}"
-        labels.append(Label(float(values[-1]), text, ORANGE))
-    first = 0.0 if points is not None and points[0][0] == 0 else float(metrics.steps[0])
-    step_axis(axes, first, float(metrics.steps[-1]), ticks=8 if wide else 5)
+    extent = _draw_bits(axes, run, _POINTS if wide else _POINTS // 2)
+    points = run.heldout()
+    first = 0.0 if points is not None and points[0][0] == 0 else float(run.metrics.steps[0])
+    step_axis(axes, first, float(run.metrics.steps[-1]), ticks=8 if wide else 5)
     fit(axes, np.concatenate(extent), room=0.05)
     mark_events(axes, run)
     if wide:
-        _token_axis(axes, metrics)
-        write_labels(axes, labels, gap=0.062, size=FONT + 0.5, at=1.02)
+        _token_axis(axes, run.metrics)
+        labels = [
+            Label(value, key.text, key.colour, "normal" if key.mark == "dash" else "bold")
+            for key, value in _entries(run)
+        ]
+        write_labels(axes, labels, gap=0.062, size=FONT + 2, at=1.02)
     return figure
+
+
+def _entries(run: Run) -> list[tuple[Key, float]]:
+    """Return what the picture shows, with the last value of each."""
+    metrics = run.metrics
+    found: list[tuple[str, str, Mark, float | None]] = [
+        (label, colour, "thick", _end(metrics, name)) for name, label, colour in _TRAINING
+    ]
+    for name, label, mark in _HELDOUT:
+        points = run.heldout(name)
+        found.append((label, ORANGE, mark, None if points is None else float(points[1][-1])))
+    found += [(label, colour, "dash", run.number(name)) for name, label, colour in BASELINES]
+    return [
+        (Key(colour, mark, f"{label} {value:.3f}"), value)
+        for label, colour, mark, value in found
+        if value is not None
+    ]
+
+
+def _draw_bits(axes: Axes, run: Run, points: int) -> list[Floats]:
+    """Draw everything but axes and labels; return what decides the picture's height."""
+    extent = draw_abandoned(axes, run.metrics, "bpb")
+    for name, _, colour in _TRAINING:
+        if run.metrics.has(name):
+            extent.append(limited(*draw_curve(axes, run.metrics, name, colour, points)))
+    for name, _, colour in BASELINES:
+        level = run.number(name)
+        if level is not None:
+            axes.axhline(level, color=colour, linewidth=1.3, linestyle=(0, (5, 3)))
+            extent.append(np.array([level]))
+    for name, _, mark in _HELDOUT:
+        heldout = run.heldout(name)
+        if heldout is not None:
+            style = {"dot": "o-", "ring": "o"}[mark]
+            axes.plot(*heldout, style, color=ORANGE, markersize=4.5, linewidth=1.0, zorder=5,
+                      markerfacecolor=ORANGE if mark == "dot" else "none")  # fmt: skip
+            extent.append(heldout[1])
+    return extent
 
 
 def loss_panel(run: Run) -> Panel | None:
@@ -132,12 +136,15 @@ def loss_panel(run: Run) -> Panel | None:
     if not metrics.has("loss"):
         return None
     figure, axes = new_figure(SMALL)
-    keys, extent = [], []
+    keys: list[Key] = []
+    extent: list[Floats] = []
     for name, label, colour in (("loss", "main", BLUE), ("mtp_loss", "MTP", GREEN)):
         if metrics.has(name):
             thin, thick = draw_curve(axes, metrics, name, colour, 1000)
-            extent += [limited(thin, thick)]
-            keys.append(Key(colour, "thick", f"{label} {_end(metrics, name):.3f}"))
+            extent.append(limited(thin, thick))
+            end = _end(metrics, name)
+            keys.append(Key(colour, "thick", label if end is None else f"{label} {end:.3f}"))
+    extent += draw_abandoned(axes, metrics, "loss")
     step_axis(axes, float(metrics.steps[0]), float(metrics.steps[-1]))
     fit(axes, np.concatenate(extent))
     mark_events(axes, run)
@@ -149,7 +156,7 @@ def close_up_panel(run: Run) -> Panel | None:
     """The main loss over the last half of the run, where the whole picture is flat."""
     metrics = run.metrics
     late = metrics.steps > (metrics.steps[0] + metrics.steps[-1]) / 2
-    ends = average(metrics, "loss")[late]
+    ends = metrics.average("loss")[late]
     if late.sum() < 50 or not np.isfinite(ends).any():
         return None
     figure, axes = new_figure(SMALL)
@@ -162,66 +169,12 @@ def close_up_panel(run: Run) -> Panel | None:
     # The smooth line decides what is shown: a single batch may lie outside.
     spread = np.nanquantile(metrics.columns["loss"][late], [0.02, 0.98])
     fit(axes, np.concatenate([thick[1], spread]))
+    mark_events(axes, run)
     return Panel("close-up", "Loss, last half", "nats per token", figure)
 
 
-def heldout(run: Run) -> tuple[Floats, Floats] | None:
-    """Return steps and bits per byte of held-out text, with the summary's at both ends."""
-    steps, values = (list(part) for part in run.metrics.points("heldout_bpb"))
-    before, after = run.number("heldout_bpb_before"), run.number("heldout_bpb_after")
-    if before is not None and (not steps or steps[0] > 0):
-        steps, values = [0.0, *steps], [before, *values]
-    last = float(run.metrics.steps[-1])
-    if after is not None:
-        if steps and steps[-1] == last:
-            values[-1] = after
-        else:
-            steps, values = [*steps, last], [*values, after]
-    return (np.array(steps), np.array(values)) if steps else None
-
-
-def levels(run: Run) -> list[_Level]:
-    """Return the baselines that the summary has."""
-    found = [(label, run.number(name), colour) for name, label, colour in BASELINES]
-    return [_Level(label, value, colour) for label, value, colour in found if value is not None]
-
-
-def limited(thin: Floats, thick: Floats) -> Floats:
-    """Return the values that decide a picture's height: a lone peak far above is cut off."""
-    top, bottom = float(np.nanmax(thick)), float(np.nanmin(thick))
-    edge = top + 0.35 * (top - bottom or abs(top))
-    return np.append(np.minimum(thin, edge), thick)
-
-
-def mark_events(axes: Axes, run: Run) -> None:
-    """Mark skipped steps at the top edge, and where the run went back."""
-    skipped = sorted({skip.step for skip in run.metrics.skips})
-    shown = skipped[:: max(1, -(-len(skipped) // _MARKS))]
-    if shown:
-        axes.plot(
-            shown, [1.0] * len(shown), "v", color=INK, markersize=4.5, zorder=6, clip_on=False,
-            markeredgewidth=0, transform=axes.get_xaxis_transform(),
-        )  # fmt: skip
-    for rollback in run.metrics.rollbacks:
-        axes.axvline(rollback.step, color=INK, linewidth=1.0, linestyle=(0, (1.5, 2)), zorder=1)
-
-
-def event_keys(run: Run) -> tuple[Key, ...]:
-    """Return what the marks of ``mark_events`` mean."""
-    keys = []
-    if run.metrics.skips:
-        keys.append(Key(INK, "skip", "skipped step"))
-    if run.metrics.rollbacks:
-        keys.append(Key(INK, "band", "went back to a checkpoint"))
-    return tuple(keys)
-
-
-def _curves() -> tuple[tuple[str, str, str], ...]:
-    return ("bpb", "training", BLUE), ("mtp_bpb", "training, MTP", GREEN)
-
-
 def _end(metrics: Metrics, name: str) -> float | None:
-    values = average(metrics, name) if metrics.has(name) else np.array([])
+    values = metrics.average(name) if metrics.has(name) else np.array([])
     values = values[np.isfinite(values)]
     return float(values[-1]) if len(values) else None
 
@@ -231,12 +184,19 @@ def _spike(axes: Axes, run: Run) -> str:
     spike = (run.summary or {}).get("largest_spike")
     if not isinstance(spike, dict) or "step" not in spike or "nats" not in spike:
         return ""
-    place = np.flatnonzero(run.metrics.steps == spike["step"])
-    loss = run.metrics.columns["loss"][place[0]] if len(place) else np.nan
-    bottom, top = axes.get_ylim()
-    if np.isfinite(loss):
+    metrics = run.metrics
+    # The run may have gone back from the spike: its loss is the larger of the two.
+    losses = [
+        values[(steps == spike["step"]) & np.isfinite(values)]
+        for steps, values in (
+            (metrics.steps, metrics.columns["loss"]),
+            metrics.abandoned["loss"],
+        )
+    ]
+    loss = max((float(value) for part in losses for value in part), default=None)
+    if loss is not None:
         axes.plot(
-            [spike["step"]], [min(max(loss, bottom), top)], "o", color=INK, markersize=8,
+            [spike["step"]], [min(loss, axes.get_ylim()[1])], "o", color=INK, markersize=8,
             markerfacecolor="none", markeredgewidth=1.1, zorder=6, clip_on=False,
         )  # fmt: skip
     return (
@@ -252,17 +212,17 @@ def _token_axis(axes: Axes, metrics: Metrics) -> None:
     above = axes.secondary_xaxis(
         "top",
         functions=(
-            lambda step: _follow(step, steps, tokens),
-            lambda token: _follow(token, tokens, steps),
+            lambda step: _follow(np.asarray(step, np.float64), steps, tokens),
+            lambda token: _follow(np.asarray(token, np.float64), tokens, steps),
         ),
     )
     above.spines["top"].set_visible(False)
-    above.tick_params(colors=MUTED, labelsize=FONT, length=0, pad=7)
+    above.tick_params(colors=MUTED, labelsize=FONT + 2, length=0, pad=6)
     above.xaxis.set_major_formatter(FuncFormatter(lambda token, _: short(token)))
-    above.set_xlabel("tokens", fontsize=FONT, color=MUTED, labelpad=3)
+    above.set_xlabel("tokens", fontsize=FONT + 2, color=MUTED, labelpad=7)
 
 
-def _follow(x: np.ndarray, known: Floats, values: Floats) -> np.ndarray:
+def _follow(x: Floats, known: Floats, values: Floats) -> np.ndarray:
     """Interpolate, going straight on beyond the ends."""
     inside = np.interp(x, known, values)
     first = (values[1] - values[0]) / (known[1] - known[0])

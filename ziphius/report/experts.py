@@ -139,6 +139,4 @@ def violation_map(layers: tuple[LayerFigures, ...], steps: Ints, limit: int) -> 
     present_LR = np.isfinite(violation_LR)
     sums_LC = by_column(np.where(present_LR, violation_LR, 0.0).T, steps, limit)
     counts_LC = by_column(present_LR.astype(float).T, steps, limit)
-    return np.divide(
-        sums_LC, counts_LC, out=np.full_like(sums_LC, np.nan), where=counts_LC > 0
-    )
+    return np.divide(sums_LC, counts_LC, out=np.full_like(sums_LC, np.nan), where=counts_LC > 0)

@@ -44,7 +44,7 @@ def whole(number: float) -> str:
 
 def percent(share: float) -> str:
     """Write a share of 1: 11.7 %."""
-    return f"{100 * share:.3g} %"
+    return f"{whole(100 * share) if share >= 10 else f'{100 * share:.3g}'} %"
 
 
 def duration(seconds: float) -> str:

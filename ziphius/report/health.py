@@ -6,21 +6,33 @@ from collections.abc import Iterator
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ziphius.report.curves import draw_curve, limited, mark_events
 from ziphius.report.formats import short, tidy
+from ziphius.report.lines import draw_curve, limited, mark_events
 from ziphius.report.read import Metrics, Run
 from ziphius.report.series import Floats, corners, extremes
 from ziphius.report.style import (
-    BLUE, FONT, GREEN, MUTED, ORANGE, SMALL, Key, Panel, fit, logarithmic, new_figure, step_axis,
-)  # fmt: skip
+    BLUE,
+    FONT,
+    GREEN,
+    MUTED,
+    ORANGE,
+    SMALL,
+    Key,
+    Panel,
+    fit,
+    logarithmic,
+    new_figure,
+    step_axis,
+)
 
 # What a schedule sets: name of the column, title, unit.
 _SETTINGS = (
     ("batch_size", "Batch size", "sequences"),
-    ("gamma", "Bias update speed", "γ"),
-    ("mtp_weight", "Weight of the MTP loss", "λ"),
+    ("gamma", "Bias update speed", "gamma"),
+    ("mtp_weight", "MTP loss weight", "lambda"),
 )
 _POINTS = 1000
 _WIDE_RANGE = 20.0  # above this ratio a logarithmic axis shows more
@@ -47,11 +59,16 @@ def schedule_panels(run: Run) -> Iterator[Panel]:
 def constants(run: Run) -> str:
     """Say which of the schedules' values never change."""
     parts = [
-        f"{title.lower()} {tidy(values[0])}{' ' + unit if name == 'batch_size' else ''}"
-        for name, title, unit in _SETTINGS
+        f"{_inside(title)} {tidy(values[0])}"
+        for name, title, _ in _SETTINGS
         if len(values := run.metrics.points(name)[1]) and np.ptp(values) == 0
     ]
     return f"Constant: {', '.join(parts)}." if parts else ""
+
+
+def _inside(title: str) -> str:
+    """Write a title inside a sentence."""
+    return title if title.startswith("MTP") else title[0].lower() + title[1:]
 
 
 def gradient_panel(run: Run) -> Panel | None:
@@ -94,7 +111,7 @@ def violation_panel(run: Run) -> Panel | None:
     fit(axes, thin, low=0)
     return Panel(
         "violation", "Balance violation", "MaxVio, mean over layers", figure,
-        note="MaxVio = load of the busiest expert ÷ mean load − 1. It is 0 when all are equal.",
+        note="MaxVio = load of the busiest expert ÷ mean load - 1. It is 0 when all are equal.",
     )  # fmt: skip
 
 
@@ -107,11 +124,10 @@ def agreement_panel(run: Run) -> Panel | None:
     axes.plot(x, y, "o-", color=GREEN, markersize=4 if len(x) < 60 else 0, linewidth=1.6)
     fit(axes, y, low=0)
     axes.set_ylim(0, min(1.0, axes.get_ylim()[1]) or 1.0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
     return Panel(
         "agreement", "MTP agreement", "with the main head, held-out", figure,
-        note=f"Last: {100 * y[-1]:.1f} %. As a draft, the MTP head would be accepted this often "
-        "in greedy decoding.",
+        note=f"Last: {100 * y[-1]:.1f} %.",
     )  # fmt: skip
 
 
@@ -138,11 +154,11 @@ def mfu_panel(run: Run) -> Panel | None:
     figure, axes = _steps_figure(run.metrics)
     thin, _ = draw_curve(axes, run.metrics, "mfu", BLUE, _POINTS)
     fit(axes, thin, low=0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
     return Panel("mfu", "Model FLOPs utilisation", "MFU", figure)
 
 
-def _steps_figure(metrics: Metrics, right: float = 10) -> tuple[object, Axes]:
+def _steps_figure(metrics: Metrics, right: float = 10) -> tuple[Figure, Axes]:
     figure, axes = new_figure(SMALL, right=right)
     step_axis(axes, float(metrics.steps[0]), float(metrics.steps[-1]))
     return figure, axes
@@ -158,8 +174,17 @@ def _mfu_ratio(metrics: Metrics) -> float | None:
 
 def _right_axis(axes: Axes, ratio: float) -> None:
     right = axes.secondary_yaxis(
-        "right", functions=(lambda speed: speed * ratio, lambda share: share / ratio)
+        "right",
+        functions=(
+            lambda speed: np.asarray(speed) * ratio,
+            lambda share: np.asarray(share) / ratio,
+        ),
     )
     right.spines["right"].set_visible(False)
     right.tick_params(colors=MUTED, labelsize=FONT, length=0)
-    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
+    right.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    right.yaxis.set_major_formatter(FuncFormatter(_percent))
+
+
+def _percent(share: float, _: int | None = None) -> str:
+    return f"{tidy(round(100 * share, 6))} %"

@@ -48,9 +48,10 @@ def picture(relative: NDArray[np.floating]) -> str:
 
 def scale() -> str:
     """Return the colours from a quarter to 4 times the mean, as a picture one cell high."""
-    return "data:image/png;base64," + base64.b64encode(
-        png(np.arange(2 * LEVELS + 1, dtype=np.uint8)[None])
-    ).decode()
+    return (
+        "data:image/png;base64,"
+        + base64.b64encode(png(np.arange(2 * LEVELS + 1, dtype=np.uint8)[None])).decode()
+    )
 
 
 def png(index: NDArray[np.uint8]) -> bytes:

@@ -20,7 +20,7 @@ import numpy as np
 
 from ziphius.config.errors import BadInput
 from ziphius.report.balance import Balance, read_balance
-from ziphius.report.series import Floats, Ints
+from ziphius.report.series import Floats, Ints, half_window, smooth
 
 METRICS, BALANCE, SUMMARY, RECIPE = (
     "metrics.jsonl", "balance.jsonl", "summary.json", "recipe.toml",
@@ -51,14 +51,18 @@ class Rollback:
 
 @dataclass(frozen=True)
 class Metrics:
-    """metrics.jsonl by column, in the order of steps; a value that a line lacks is NaN."""
+    """metrics.jsonl by column, in the order of steps; a value that a line lacks is NaN.
+
+    ``abandoned`` has loss and bits per byte of the steps that the run went back from, in the
+    order in which they were made: steps and values.
+    """
 
     steps: Ints
     columns: Mapping[str, Floats]
     applied: np.ndarray[Any, np.dtype[np.bool_]]
     skips: tuple[Skip, ...]
     rollbacks: tuple[Rollback, ...]
-    replaced: int
+    abandoned: Mapping[str, tuple[Floats, Floats]]
 
     def has(self, name: str) -> bool:
         """Say whether any line has a finite number under this name."""
@@ -68,6 +72,16 @@ class Metrics:
         """Return steps and values of the lines that have the number."""
         present = np.isfinite(self.columns[name])
         return self.steps[present].astype(np.float64), self.columns[name][present]
+
+    @property
+    def replaced(self) -> int:
+        """How many lines the run went back from."""
+        return len(self.abandoned["loss"][0])
+
+    def average(self, name: str) -> Floats:
+        """Return the smooth line of a column. A step that was not applied takes no part in it."""
+        values = np.where(self.applied, self.columns[name], np.nan)
+        return smooth(values, half_window(len(values)))
 
     def last(self, name: str) -> float | None:
         """Return the newest number under this name."""
@@ -99,6 +113,24 @@ class Run:
         """Return a setting of the recipe, or None."""
         values = (self.recipe or {}).get(table)
         return values.get(key) if isinstance(values, dict) else None
+
+    def heldout(self, name: str = "heldout_bpb") -> tuple[Floats, Floats] | None:
+        """Return steps and bits per byte of held-out text, the summary's at the ends; or None.
+
+        ``heldout_bpb_ema`` is the same of the averaged weights.
+        """
+        steps, values = (list(part) for part in self.metrics.points(name))
+        before, after = self.number(f"{name}_before"), self.number(f"{name}_after")
+        if name == "heldout_bpb_ema":
+            after = self.number(name)
+        if before is not None:
+            steps, values = [0.0, *steps], [before, *values]
+        last = float(self.metrics.steps[-1])
+        if after is not None:
+            if steps and steps[-1] == last:
+                steps, values = steps[:-1], values[:-1]
+            steps, values = [*steps, last], [*values, after]
+        return (np.array(steps), np.array(values)) if steps else None
 
     def is_mtp(self, layer: int) -> bool:
         """Say whether a layer is one of the multi-token prediction modules."""
@@ -150,10 +182,10 @@ def read_metrics(path: Path, notes: list[str]) -> Metrics:
     except OSError as error:
         raise BadInput(f"metrics {path}: cannot be read: {error.strerror}") from None
     kept: list[dict[str, Any]] = []
-    skips: list[Skip] = []
     rollbacks: list[Rollback] = []
     unreadable: list[int] = []
-    replaced, before = 0, None
+    gone: list[dict[str, Any]] = []
+    before = None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -164,21 +196,27 @@ def read_metrics(path: Path, notes: list[str]) -> Metrics:
         if before is not None and _count(record) > _count(before):
             left = before["step"] if before["step"] >= record["step"] else None
             rollbacks.append(Rollback(record["step"], left))
-        while kept and kept[-1]["step"] >= record["step"]:
-            gone, replaced = kept.pop(), replaced + 1
-            if gone.get("skipped"):
-                skips.append(Skip(gone["step"], str(gone["skipped"]), replaced=True))
-        kept.append(record)
+        first = len(kept)
+        while first and kept[first - 1]["step"] >= record["step"]:
+            first -= 1
+        gone += kept[first:]
+        kept[first:] = [record]
         before = record
     _tell_unreadable(unreadable, len(lines), notes)
-    skips += [Skip(r["step"], str(r["skipped"]), replaced=False) for r in kept if r.get("skipped")]
+    skips = [
+        Skip(record["step"], str(record["skipped"]), replaced)
+        for records, replaced in ((gone, True), (kept, False))
+        for record in records
+        if record.get("skipped")
+    ]
+    gone_steps = np.array([record["step"] for record in gone], np.float64)
     return Metrics(
         steps=np.array([record["step"] for record in kept], np.int64),
         columns={name: _column(kept, name) for name in NUMBERS},
         applied=np.array([not record.get("skipped") for record in kept], bool),
         skips=tuple(sorted(skips, key=lambda skip: skip.step)),
         rollbacks=tuple(rollbacks),
-        replaced=replaced,
+        abandoned={name: (gone_steps, _column(gone, name)) for name in ("loss", "bpb")},
     )
 
 

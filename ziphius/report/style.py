@@ -27,7 +27,7 @@ NAMES = {
 SMALL, WIDE, NARROW = (400.0, 226.0), (1200.0, 410.0), (400.0, 300.0)  # in units of the page
 FONT = 11.0
 
-Mark = Literal["thick", "thin", "dash", "dot", "ring", "skip", "band"]
+Mark = Literal["thick", "dash", "dotted", "dot", "ring", "skip"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,12 @@ def drawing() -> Iterator[None]:
 
 
 def new_figure(
-    size: tuple[float, float], left: float = 42, right: float = 10, top: float = 8, bottom: float = 36
+    size: tuple[float, float],
+    left: float = 46,
+    right: float = 10,
+    top: float = 8,
+    bottom: float = 36,
+    font: float = FONT,
 ) -> tuple[Figure, Axes]:
     """Return an empty figure of ``size`` units and its axes, with margins in units."""
     width, height = size
@@ -83,11 +88,12 @@ def new_figure(
     axes.set_facecolor("none")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(AXIS)
-    axes.tick_params(colors=MUTED, labelsize=FONT, length=3.5)
+    axes.tick_params(colors=MUTED, labelsize=font, length=3.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", color=GRID, linewidth=0.9)
     axes.set_axisbelow(True)
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    ticks = 5 if height < 350 else 8
+    axes.yaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tidy(value)))
     return figure, axes
 
@@ -96,7 +102,7 @@ def step_axis(axes: Axes, first: float, last: float, ticks: int = 5) -> None:
     """Make the horizontal axis one of optimizer steps."""
     room = 0.012 * (last - first) or 1.0
     axes.set_xlim(first - room, last + room)
-    axes.set_xlabel("step", fontsize=FONT, color=MUTED, labelpad=3)
+    axes.set_xlabel("step", fontsize=axes.xaxis.get_ticklabels()[0].get_fontsize(), color=MUTED)
     axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: short(step)))
 

@@ -1,4 +1,4 @@
-"""An average of the weights over steps, on the CPU (report section 3.2.2; facts 5.7).
+"""An average of the weights over steps, on the CPU (report section 3.2.3; facts 5.7).
 
 It tells what the model would be worth after the learning rate has decayed, before it has.
 """

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ziphius.config.pretrain import PretrainConfig
+from ziphius.kernels.adamw import Rates
+from ziphius.kernels.select import Kernels
 
 _MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -24,7 +26,13 @@ class AdamW:
     moments' dtype. Moments of float64 weights stay float64 unless they are BF16.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: PretrainConfig) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        config: PretrainConfig,
+        kernels: Kernels | None = None,
+    ) -> None:
+        self.update = (kernels or Kernels()).function("adamw")
         self.parameters = [p for p in parameters if p.requires_grad]
         self.config = config
         self.steps = 0
@@ -51,15 +59,10 @@ class AdamW:
         for p, m_kept, v_kept in zip(self.parameters, self.first, self.second, strict=True):
             if p.grad is None:
                 continue
-            m = m_kept.to(p.dtype).lerp_(p.grad, 1 - c.beta1)
-            v = v_kept.to(p.dtype).mul_(c.beta2).addcmul_(p.grad, p.grad, value=1 - c.beta2)
-            m_kept.copy_(m)
-            v_kept.copy_(v)
-            if p.ndim > 1:
-                p.mul_(1 - learning_rate * c.weight_decay)
-            # Not in place: with moments in the weights' dtype, v is the kept moment itself.
-            denominator = (v / correction2).sqrt_().add_(c.adam_eps)
-            p.addcdiv_(m, denominator, value=-learning_rate / correction1)
+            decay = 1 - learning_rate * c.weight_decay if p.ndim > 1 else 1.0
+            rate = learning_rate / correction1
+            rates = Rates(c.beta1, c.beta2, decay, rate, correction2, c.adam_eps)
+            self.update(p, p.grad, m_kept, v_kept, rates)
             p.grad = None
 
     def state(self) -> dict[str, Any]:

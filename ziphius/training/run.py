@@ -129,7 +129,7 @@ def _finish(recipe: Recipe, loop: Loop, *, early: bool) -> Trained:
     """Measure the trained model, publish its checkpoint, and write every figure down."""
     folder, state, progress = loop.folder, loop.state, loop.state.progress
     if early:
-        made = recipe.pretrain.model_copy(update={"steps": progress.step})
+        made = recipe.pretrain.model_copy(update={"steps": None, "tokens": progress.tokens})
         folder.write_recipe(recipe.model_copy(update={"pretrain": made}))
     folder.publish(folder.checkpoint_at(progress.step))
     loop.watch.say("bits per byte of the trained model")

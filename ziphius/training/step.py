@@ -58,8 +58,8 @@ def train_step(
     """Run forward and backward over the micro-batches, then update weights and routing biases.
 
     ``batch`` is the global batch, on the model's device. ``judge`` gets the total loss (NaN if a
-    part of it is not finite) and the norm of the gradients, and says why the update must not be made, if so: then weights, moments
-    and biases stay as they were.
+    part of it is not finite) and the norm of the gradients, and says why the update must not be
+    made, if so: then weights, moments and biases stay as they were.
     """
     sequences, targets = len(batch.tokens_BS), count_targets(batch, document_mask=document_mask)
     loads = ExpertLoads(model.config.n_routed_experts)

@@ -1,0 +1,176 @@
+"""``ziphius prepare``"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ziphius.cli import options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ziphius.data.engine import LocalEngine
+    from ziphius.data.prepared import Prepared
+    from ziphius.data.ray_engine import RayEngine
+
+_MOVE_EVERY_SECONDS = 0.1
+# Without a terminal a line every so many seconds takes the place of the moving bar.
+_PLAIN_EVERY_SECONDS = 15.0
+
+
+def prepare(
+    recipe: options.Recipe,
+    out: Annotated[Path, typer.Option(help="The folder to make; it must be new or empty.")],
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="This machine's processes, or Ray Data; RAY_ADDRESS names a cluster."),
+    ] = "local",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default one a core.")
+    ] = None,
+    overrides: options.Overrides = None,
+) -> None:
+    """Clean, deduplicate, tokenise and shard the text of a RECIPE, once for many runs.
+
+    Prints what it left out and why. The folder gets the token ids, the held-out documents, the
+    tokenizer, and a list of everything that was left out; a recipe trains on it as data.source.
+
+    Example: ziphius prepare tiny --out prepared --set data.source=texts/
+    """
+    from rich.console import Console
+
+    from ziphius.config.recipe import load_recipe
+    from ziphius.data.prepare import prepare as prepare_text
+
+    loaded = load_recipe(recipe, overrides or ())
+    console = Console()
+    with _Follower(console) as follower, _engine(engine, workers or _cores()) as chosen:
+        prepared = prepare_text(loaded, out, chosen, follower.tell)
+    _tell(console, prepared, recipe)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _engine(name: str, workers: int) -> LocalEngine | RayEngine:
+    if name == "ray":
+        from ziphius.data.ray_engine import RayEngine
+
+        return RayEngine(workers, os.environ.get("RAY_ADDRESS"))
+    from ziphius.data.engine import LocalEngine
+
+    if workers > 1:
+        # Each process would otherwise start threads for every core.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return LocalEngine(workers)
+
+
+class _Follower:
+    """Shows how far each phase is and how long it will take."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Progress | None = None
+        self._phase = ""
+        self._began = self._shown = 0.0
+
+    def __enter__(self) -> _Follower:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def tell(self, phase: str, done: int, total: int | None) -> None:
+        """Show that ``done`` of ``total`` are done."""
+        now = time.monotonic()
+        begins = phase != self._phase
+        if begins:
+            self._phase, self._began = phase, now
+        every = _MOVE_EVERY_SECONDS if self.console.is_terminal else _PLAIN_EVERY_SECONDS
+        if not begins and now - self._shown < every and done != total:
+            return
+        self._shown = now
+        if self.console.is_terminal:
+            self._move(begins, done, total)
+        else:
+            self._print(begins, done, total, now - self._began)
+
+    def _move(self, begins: bool, done: int, total: int | None) -> None:
+        if self._bar is None:
+            self._bar = _new_bar(self.console)
+            self._bar.start()
+        if begins:
+            self._bar.add_task(self._phase, total=total)
+        self._bar.update(self._bar.task_ids[-1], completed=done)
+
+    def _print(self, begins: bool, done: int, total: int | None, seconds: float) -> None:
+        if begins:
+            self.console.print(f"{self._phase} ...", highlight=False)
+        elif total and done < total:
+            left = seconds * (total - done) / max(1, done)
+            self.console.print(
+                f"{self._phase}: {done / total:.0%}, about {left:,.0f} s left", highlight=False
+            )
+
+
+def _new_bar(console: Console) -> Progress:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description:22}"),
+        BarColumn(bar_width=32),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("[dim]left[/dim]"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _tell(console: Console, prepared: Prepared, recipe: str) -> None:
+    from rich.table import Table
+
+    from ziphius.cli.display import program
+
+    table = Table(title="left out", title_justify="left")
+    table.add_column("reason")
+    table.add_column("documents", justify="right")
+    table.add_column("bytes", justify="right")
+    table.add_column("for example", overflow="fold")
+    for count in prepared.removed_counts:
+        table.add_row(
+            count.reason, f"{count.documents:,}", f"{count.bytes:,}", "\n".join(count.examples)
+        )
+    if prepared.removed_counts:
+        console.print(table, markup=False)
+    text_tokens = prepared.tokens - 2 * prepared.documents
+    setting = shlex.quote(f"data.source={prepared.path}")
+    console.print(
+        f"{prepared.description}; sha256 {prepared.sha256[:16]}\n"
+        f"to train on: {prepared.documents:,} documents, {prepared.train_bytes:,} bytes, "
+        f"{prepared.tokens:,} tokens with BOS and EOS, "
+        f"{prepared.train_bytes / max(1, text_tokens):.2f} bytes per token without\n"
+        f"held out: {len(prepared.heldout):,} documents, {prepared.heldout_bytes:,} bytes\n"
+        f"{prepared.path}: {len(prepared.sources)} source(s), vocabulary "
+        f"{prepared.tokenizer.get_vocab_size():,}; everything left out is in removed.jsonl\n"
+        f"next: {program()} pretrain {shlex.quote(recipe)} --out runs/first --set {setting}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
