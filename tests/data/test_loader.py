@@ -123,6 +123,7 @@ def test_the_order_of_documents_in_the_source_does_not_matter() -> None:
     assert all(equal(one.next_batch(5), two.next_batch(5)) for _ in range(30))
 
 
+@settings(max_examples=40)
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12), seed=st.integers(0, 2**20))
 def test_the_rows_do_not_depend_on_how_they_are_batched(sizes: list[int], seed: int) -> None:
     rates = {"fim_rate": 0.3, "token_split_rate": 0.3, "seed": seed}

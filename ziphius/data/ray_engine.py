@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ziphius.config.data import DataConfig
-from ziphius.config.errors import ZiphiusError
+from ziphius.config.errors import BadInput, ZiphiusError
 from ziphius.data.engine import ENCODE_BYTES, Ids, batched, encode_span_list
 from ziphius.data.examine import Examined, examine
 from ziphius.data.readers import Piece, Raw, optional, read_piece
@@ -106,11 +106,7 @@ class RayEngine:
             try:
                 yield from rows.iter_rows()
             except Exception as error:
-                # Ray wraps a worker's error, or raises a copy with the traceback in its text.
-                if (cause := _cause(error)) is not None:
-                    raise cause from None
-                said = str(error).strip().splitlines() or [type(error).__name__]
-                raise ZiphiusError(f"Ray: {said[-1]}: its own log tells more") from error
+                raise _told(error) from error
 
     @contextmanager
     def _in_order_and_silence(self) -> Iterator[None]:
@@ -184,12 +180,18 @@ def _unpack(data: bytes) -> list[Span]:
     return [(int(start), int(stop)) for start, stop in np.frombuffer(data, np.int64).reshape(-1, 2)]
 
 
-def _cause(error: BaseException) -> ZiphiusError | None:
-    """Find the error of ours that a worker's error is about."""
-    seen: BaseException | None = error
-    while seen is not None:
-        for candidate in (getattr(seen, "cause", None), seen):
-            if isinstance(candidate, ZiphiusError):
-                return candidate
-        seen = seen.__cause__
-    return None
+def _told(error: Exception) -> ZiphiusError:
+    """Return our own error if a worker raised it, else one that tells what happened, in one line.
+
+    Ray wraps a worker's error and adds lines of advice to its text.
+    """
+    causes, seen = [], [error]
+    while seen:
+        causes.append(seen.pop())
+        links = (getattr(causes[-1], "cause", None), causes[-1].__cause__)
+        seen += [link for link in links if isinstance(link, Exception) and link not in causes]
+    own = next((cause for cause in causes if isinstance(cause, ZiphiusError)), None)
+    first = (str(getattr(own, "cause", own) or causes[-1]).splitlines() or [""])[0]
+    if own is not None:
+        return BadInput(first) if isinstance(own, BadInput) else ZiphiusError(first)
+    return ZiphiusError(f"Ray: {type(causes[-1]).__name__}: {first}: Ray's own log tells more")

@@ -12,7 +12,7 @@ import numpy as np
 
 from ziphius.config.data import DataConfig
 from ziphius.config.errors import BadInput
-from ziphius.data.deduplicate import exact_copies, near_copies
+from ziphius.data.deduplicate import HASHES, exact_copies, near_copies
 from ziphius.data.documents import Document
 from ziphius.data.examine import Examined
 from ziphius.data.holdout import choose_heldout, divide
@@ -137,7 +137,7 @@ def _near(
         return
     order = [place for place in order if documents[place].fingerprint]
     prints = b"".join(documents[place].fingerprint for place in order)
-    prints_NP = np.frombuffer(prints, dtype="<u4").reshape(len(order), -1)
+    prints_NP = np.frombuffer(prints, dtype="<u4").reshape(-1, HASHES)
     for row, copied in near_copies(prints_NP, config.near_threshold):
         if on_progress is not None and (row + 1) % _TOLD_EVERY == 0:
             on_progress("comparing", row + 1, len(order))

@@ -130,11 +130,10 @@ def _open(index: int, config: SourceConfig, label: str) -> Source:
 def _open_stdlib(index: int, config: SourceConfig, label: str) -> Source:
     root = Path(sysconfig.get_path("stdlib"))
     pieces = []
-    for path in _walk(root, label):
-        parts = path.relative_to(root).parts
-        built = parts[0].startswith(_STDLIB_SKIPPED_PREFIXES)
-        if path.suffix == ".py" and not built and _STDLIB_SKIPPED_FOLDERS.isdisjoint(parts[:-1]):
-            pieces.append(_piece(index, "text", path, path.relative_to(root).as_posix(), config))
+    for path in _walk(root, label, _STDLIB_SKIPPED_FOLDERS):
+        name = path.relative_to(root).as_posix()
+        if path.suffix == ".py" and not name.startswith(_STDLIB_SKIPPED_PREFIXES):
+            pieces.append(_piece(index, "text", path, name, config))
     description = f"standard library of {platform.python_implementation()} "
     description += platform.python_version()
     return Source(label, config, description, _by_name(pieces), _STDLIB_NEVER_HELD_OUT)
@@ -181,7 +180,7 @@ def _kind_of(name: str) -> Kind | None:
     return next((kind for suffixes, kind in kinds if name.endswith(suffixes)), None)
 
 
-def _walk(root: Path, label: str) -> Iterable[Path]:
+def _walk(root: Path, label: str, skipped: frozenset[str] = frozenset()) -> Iterable[Path]:
     def stop(error: OSError) -> None:
         raise BadInput(f"{label}: {error.filename}: cannot be listed: {error.strerror}") from None
 
@@ -189,7 +188,7 @@ def _walk(root: Path, label: str) -> Iterable[Path]:
         if is_prepared(Path(folder)):
             subfolders.clear()
             continue
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = [n for n in subfolders if not n.startswith(".") and n not in skipped]
         # Pipes and links that lead nowhere are no files.
         yield from (path for name in files if (path := Path(folder, name)).is_file())
 

@@ -150,25 +150,32 @@ class WindowMaker:
         return self._rows(number, tokens, lengths)
 
     def _rows(self, number: int, tokens: NDArray[np.int32], lengths: Integers) -> Window:
-        """Pack documents that lie one behind the other; shuffle the rows and what is in a row."""
+        """Pack documents that lie one behind the other; shuffle what packing finds equal, and rows.
+
+        So sources mix within rows, and no place in a row is one for short documents.
+        """
         pieces = cut(lengths, self._row)
-        row = best_fit(pieces.length, self._row)
+        mixed = self._shuffled("pieces", number, len(pieces.length))
+        piece = pieces.length[mixed]
+        row = best_fit(piece, self._row)
         count = int(row.max()) + 1 if len(row) else 0
         place = np.empty(count, dtype=np.int64)  # of every row in the shuffled order
-        shuffled = np.argsort(draw("rows", self._seed, number, np.arange(count)), kind="stable")
-        place[shuffled] = np.arange(count)
-        within = draw("in-row", self._seed, number, np.arange(len(row)))
-        order = np.lexsort((within, place[row]))
-        starts = (np.cumsum(lengths) - lengths)[pieces.document] + pieces.start
-        ends = starts + pieces.length
-        ordered = [tokens[a:b] for a, b in zip(starts[order], ends[order], strict=True)]
+        place[self._shuffled("rows", number, count)] = np.arange(count)
+        dealt = np.argsort(place[row], kind="stable")
+        order = mixed[dealt]
+        starts = (np.cumsum(lengths) - lengths)[pieces.document[order]] + pieces.start[order]
+        stretches = zip(starts.tolist(), (starts + piece[dealt]).tolist(), strict=True)
         return Window(
             self._row,
-            np.concatenate([np.empty(0, dtype=np.int32), *ordered]),
-            _borders(np.bincount(place[row], weights=pieces.length, minlength=count)),
-            pieces.length[order],
+            np.concatenate([np.empty(0, dtype=np.int32), *(tokens[a:b] for a, b in stretches)]),
+            _borders(np.bincount(place[row], weights=piece, minlength=count)),
+            piece[dealt],
             _borders(np.bincount(place[row], minlength=count)),
         )
+
+    def _shuffled(self, purpose: str, number: int, count: int) -> Integers:
+        """Return the numbers below ``count`` in an order of the window's own."""
+        return np.argsort(draw(purpose, self._seed, number, np.arange(count)), kind="stable")
 
 
 def rows_per_epoch(sources: Sequence[Tokens], row: int) -> int:

@@ -26,39 +26,34 @@ class _GroupedLinear(torch.autograd.Function):
 
     Autograd through ``split`` and ``unbind`` would build one full-size gradient a segment and add
     them up; here each product lands where it belongs. A weight may have a wider dtype than the
-    rows: it is rounded to theirs, one expert after the other, and its gradient is not.
+    rows: it is rounded to theirs, one expert after the other.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int], widened: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int]) -> Tensor:
         ctx.save_for_backward(x_MI, weight_EOI)
-        ctx.counts, ctx.widened = counts, widened
+        ctx.counts = counts
         out_MO = x_MI.new_empty(x_MI.shape[0], weight_EOI.shape[1])
         for expert, rows in _segments(counts):
-            weight_OI = weight_EOI[expert].to(x_MI.dtype)
-            if widened:
-                out_MO[rows] = x_MI[rows].float() @ weight_OI.float().T
-            else:
-                torch.mm(x_MI[rows], weight_OI.T, out=out_MO[rows])
+            torch.mm(x_MI[rows], weight_EOI[expert].to(x_MI.dtype).T, out=out_MO[rows])
         return out_MO
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_MI, weight_EOI = ctx.saved_tensors
         dout_MO = grads[0].contiguous()
         dx_MI = torch.empty_like(x_MI) if ctx.needs_input_grad[0] else None
-        dweight_EOI = torch.zeros_like(weight_EOI) if ctx.needs_input_grad[1] else None
-        wide = torch.float32 if ctx.widened else x_MI.dtype
+        dweight_EOI = torch.empty_like(weight_EOI) if ctx.needs_input_grad[1] else None
         for expert, rows in _segments(ctx.counts):
-            dout_mO = dout_MO[rows].to(wide)
             if dx_MI is not None:
-                weight_OI = weight_EOI[expert].to(x_MI.dtype).to(wide)
-                _product(dout_mO, weight_OI, dx_MI[rows])
+                torch.mm(dout_MO[rows], weight_EOI[expert].to(x_MI.dtype), out=dx_MI[rows])
             if dweight_EOI is not None:
-                _product(dout_mO.T, x_MI[rows].to(wide), dweight_EOI[expert])
-        return dx_MI, dweight_EOI, None, None
+                _product(dout_MO[rows].T, x_MI[rows], dweight_EOI[expert])
+        if dweight_EOI is not None:
+            for expert, count in enumerate(ctx.counts):
+                if not count:
+                    dweight_EOI[expert].zero_()
+        return dx_MI, dweight_EOI, None
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -70,12 +65,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def grouped_linear_loop(x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int]) -> Tensor:
     """Do the same, one product a non-empty segment. Shapes as in the reference."""
-    return _GroupedLinear.apply(x_MI, weight_EOI, counts, False)
-
-
-def grouped_linear_widened(x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int]) -> Tensor:
-    """Do the same with BF16 rows and weights written in FP32, as ``linear_widened`` does."""
-    return _GroupedLinear.apply(x_MI, weight_EOI, counts, x_MI.dtype == torch.bfloat16)
+    return _GroupedLinear.apply(x_MI, weight_EOI, counts)
 
 
 def _segments(counts: Sequence[int]) -> list[tuple[int, slice]]:
@@ -91,5 +81,4 @@ def _segments(counts: Sequence[int]) -> list[tuple[int, slice]]:
 VERSIONS: dict[str, Callable[[Tensor, Tensor, Sequence[int]], Tensor]] = {
     "reference": grouped_linear_reference,
     "loop": grouped_linear_loop,
-    "widened": grouped_linear_widened,
 }

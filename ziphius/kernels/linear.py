@@ -19,45 +19,36 @@ def linear_native(x: Tensor, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Widened(torch.autograd.Function):
-    """The weight's gradient is summed in FP32 and never rounded to BF16."""
+    """Keeps its input in the input's own dtype, and casts some rows at a time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
-        x_NI, wide_OI = x.reshape(-1, x.shape[-1]), widen(weight_OI, x.dtype)
+        x_NI, wide_OI = x.reshape(-1, x.shape[-1]), weight_OI.float()
         out_NO = x.new_empty(len(x_NI), len(weight_OI))
         for x_nI, out_nO in zip(x_NI.split(ROWS), out_NO.split(ROWS), strict=True):
             out_nO.copy_(x_nI.float() @ wide_OI.T)
         return out_NO.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, weight_OI = ctx.saved_tensors
         x_NI, dout_NO = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, len(weight_OI))
-        wide_OI = widen(weight_OI, x.dtype) if ctx.needs_input_grad[0] else None
-        dx_NI = torch.empty_like(x_NI) if ctx.needs_input_grad[0] else None
-        dweight_OI = torch.zeros(weight_OI.shape) if ctx.needs_input_grad[1] else None
+        dx_NI, wide_OI = torch.empty_like(x_NI), weight_OI.float()
+        dweight_OI = torch.zeros_like(wide_OI)
         for start in range(0, len(x_NI), ROWS):
             rows = slice(start, start + ROWS)
             dout_nO = dout_NO[rows].float()
-            if dx_NI is not None:
-                dx_NI[rows] = dout_nO @ wide_OI
-            if dweight_OI is not None:
-                dweight_OI.addmm_(dout_nO.T, x_NI[rows].float())
-        dx = None if dx_NI is None else dx_NI.view(x.shape)
-        return dx, None if dweight_OI is None else dweight_OI.to(weight_OI.dtype)
-
-
-def widen(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round a weight to ``dtype`` and write it in FP32, exactly."""
-    return weight.to(dtype).float()
+            dx_NI[rows] = dout_nO @ wide_OI
+            dweight_OI.addmm_(dout_nO.T, x_NI[rows].float())
+        return dx_NI.view(x.shape), dweight_OI.to(weight_OI.dtype)
 
 
 def linear_widened(x: Tensor, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    """Do the same with BF16 operands written in FP32: for processors that multiply those faster.
+    """Multiply BF16 rows in FP32, by weights as they are stored; only the result is rounded.
 
-    Products of two BF16 numbers are exact in FP32, and sums are FP32 in both versions; they differ
-    in the order of the sums alone. Other dtypes than BF16 are left to torch.
+    For processors whose FP32 products are faster than those in BF16: no product is less exact than
+    ``linear_native``'s. Other dtypes than BF16 are left to torch.
     """
     if dtype != torch.bfloat16:
         return linear_native(x, weight_OI, dtype)

@@ -60,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         high = torch.promote_types(hidden_ND.dtype, torch.float32)
         dtype = high if widened else hidden_ND.dtype
-        used_VD = weight_VD.to(hidden_ND.dtype).to(dtype)
+        used_VD = weight_VD.to(dtype)
         total = torch.zeros((), dtype=high, device=hidden_ND.device)
         dhidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=high) if ctx.needs_input_grad[1] else None

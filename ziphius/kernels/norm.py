@@ -57,10 +57,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, library: Library, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        high = torch.promote_types(x.dtype, torch.float32)
-        x_ND, gain_D = _rows(x), weight.to(high).contiguous()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x_ND, gain_D = _rows(x), weight.to(wide).contiguous()
         out = torch.empty(x.shape, dtype=x.dtype)
-        inverse_root_N = torch.empty(x_ND.shape[0], dtype=high)
+        inverse_root_N = torch.empty(x_ND.shape[0], dtype=wide)
         arguments = (x_ND, x_ND.stride(0), gain_D, out, inverse_root_N, *x_ND.shape, eps)
         library.call("norm_forward", x.dtype, *arguments)
         ctx.save_for_backward(x, weight, inverse_root_N)

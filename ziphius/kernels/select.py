@@ -36,9 +36,9 @@ OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
 class Kernels:
     """The chosen version of every operation that has more than one.
 
-    The version ``cpp`` is that of ``library``, for tensors on a processor. ``grouped``, ``linear``
-    and the loss's products are torch's: ``widened`` is a way to ask for them (see
-    ``linear_widened``).
+    The version ``cpp`` is that of ``library``, for tensors on a processor. Large products are
+    torch's in every version. ``linear=widened`` is about all of them: those of linear layers, of
+    experts and of the loss.
     """
 
     attention: str = "sdpa"
@@ -68,6 +68,11 @@ class Kernels:
         name, (versions, compiled) = getattr(self, op), OPERATIONS[op]
         return partial(compiled, self.library) if name == COMPILED else versions[name]
 
+    def product_dtype(self, compute: torch.dtype) -> torch.dtype:
+        """Return the dtype that experts and the loss multiply in."""
+        widened = self.linear == "widened" and compute == torch.bfloat16
+        return torch.float32 if widened else compute
+
     def __str__(self) -> str:
         chosen = (f.name for f in fields(self) if f.name != "library")
         return " ".join(f"{op}={getattr(self, op)}" for op in chosen)
@@ -81,7 +86,7 @@ def compiled_kernels(folder: Path, compute: torch.dtype) -> Kernels:
     """
     chosen = {op: COMPILED for op, (_, compiled) in OPERATIONS.items() if compiled is not None}
     if compute == torch.bfloat16 and _widening_pays():
-        chosen |= {"linear": "widened", "grouped": "widened"}
+        chosen["linear"] = "widened"
     return Kernels(**chosen, library=build(folder))
 
 

@@ -92,7 +92,7 @@ class StackedExperts(ExpertStore):
 
 
 class RoutedExperts(nn.Module):
-    """``down(silu(gate(x)) * up(x) * routing weight)`` for rows sorted by expert.
+    """``down(silu(gate(x)) * up(x) * routing weight)`` for rows sorted by expert, in ``dtype``.
 
     The routing weight enters before the down projection, exactly once, so that combining is a
     plain sum (facts 1.7).
@@ -102,15 +102,14 @@ class RoutedExperts(nn.Module):
         self, config: ModelConfig, precision: Precision, kernels: Kernels, device: Device
     ) -> None:
         super().__init__()
-        self.dtype = precision.dtype("linear")
+        self.dtype = kernels.product_dtype(precision.dtype("linear"))
         self.grouped = kernels.function("grouped")
         self.swiglu = kernels.function("swiglu")
         self.store: ExpertStore = StackedExperts(config, precision, device)
 
     def forward(self, sent: Sent) -> Tensor:
         """Compute the experts' rows ``[M, D]`` in the order they were sent."""
-        rows_MD = sent.rows_MD.to(self.dtype)
-        gate_up_MG = self.grouped(rows_MD, self.store.gate_up(), sent.counts)
+        gate_up_MG = self.grouped(sent.rows_MD, self.store.gate_up(), sent.counts)
         hidden_MF = self.activate(gate_up_MG, sent.gates_M)
         out_MD: Tensor = self.grouped(hidden_MF, self.store.down(), sent.counts)
         return out_MD

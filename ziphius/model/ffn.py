@@ -102,6 +102,7 @@ class MixtureOfExperts(nn.Module):
         self, config: ModelConfig, precision: Precision, kernels: Kernels, device: Device
     ) -> None:
         super().__init__()
+        self.dtype = precision.dtype("linear")
         self.gate = Router(config, precision, device)
         self.experts = RoutedExperts(config, precision, kernels, device)
         shared_width = config.n_shared_experts * config.moe_intermediate_size
@@ -116,14 +117,14 @@ class MixtureOfExperts(nn.Module):
 
     def dispatch(self, u_ND: Tensor, routed: Routed | None) -> Sent | Tensor:
         assert routed is not None, "a mixture layer dispatches what it has routed"
-        return self.dispatcher.dispatch(u_ND, *routed)
+        return self.dispatcher.dispatch(u_ND.to(self.experts.dtype), *routed)
 
     def run_experts(self, sent: Sent | Tensor) -> Tensor:
         return self.experts(sent)
 
     def combine(self, rows: Tensor, sent: Sent | Tensor) -> Tensor:
         assert isinstance(sent, Sent), "a mixture layer combines what it has dispatched"
-        return self.dispatcher.combine(rows, sent)
+        return self.dispatcher.combine(rows, sent).to(self.dtype)
 
     def shared(self, u_ND: Tensor) -> Tensor | None:
         return self.shared_experts(u_ND)

@@ -8,7 +8,9 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from ziphius.config.errors import BadInput
 from ziphius.config.model import ModelConfig
+from ziphius.kernels.loss import linear_cross_entropy
 from ziphius.kernels.select import Kernels
 from ziphius.model.block import Block
 from ziphius.model.layers import Device, Embedding, Linear, RMSNorm
@@ -63,6 +65,8 @@ class Transformer(nn.Module):
         super().__init__()
         precision = precision or Precision()
         kernels = kernels or Kernels()
+        if kernels.library is not None and torch.device(device or "cpu").type == "cuda":
+            raise BadInput(f"kernels {kernels}: compiled ones run on processors, not on {device}")
         self.config, self.precision, self.kernels = config, precision, kernels
         V, D, L = config.vocab_size, config.hidden_size, config.num_hidden_layers
         self.embed_tokens = Embedding(V, D, precision, device)
@@ -129,6 +133,16 @@ class Transformer(nn.Module):
             mtp_hidden.append(module.norm(h_BTD))
             routings[len(self.layers) + k - 1] = routing
         return Features(hidden_BTD, mtp_hidden, routings)
+
+    def cross_entropy(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+        """Sum the head's cross entropy over rows, in nats (see ``linear_cross_entropy``)."""
+        return linear_cross_entropy(
+            hidden_ND,
+            self.lm_head.weight,
+            targets_N,
+            rows_loss=self.kernels.function("loss"),
+            widened=self.kernels.product_dtype(hidden_ND.dtype) != hidden_ND.dtype,
+        )
 
     def rope(self, length: int, start: int = 0) -> Rope:
         """Compute the rotary tables of ``length`` positions from ``start``, on the model's device.

@@ -13,7 +13,7 @@ from ziphius.report.lines import (
     draw_abandoned,
     draw_curve,
     event_keys,
-    limited,
+    limits,
     mark_events,
 )
 from ziphius.report.read import Metrics, Run
@@ -111,10 +111,12 @@ def _entries(run: Run) -> list[tuple[Key, float]]:
 
 def _draw_bits(axes: Axes, run: Run, points: int) -> list[Floats]:
     """Draw everything but axes and labels; return what decides the picture's height."""
-    extent = draw_abandoned(axes, run.metrics, "bpb")
+    extent: list[Floats] = []
+    draw_abandoned(axes, run.metrics, "bpb")
     for name, _, colour in _TRAINING:
         if run.metrics.has(name):
-            extent.append(limited(*draw_curve(axes, run.metrics, name, colour, points)))
+            draw_curve(axes, run.metrics, name, colour, points)
+            extent.append(limits(run.metrics.columns[name]))
     for name, _, colour in BASELINES:
         level = run.number(name)
         if level is not None:
@@ -123,9 +125,10 @@ def _draw_bits(axes: Axes, run: Run, points: int) -> list[Floats]:
     for name, _, mark in _HELDOUT:
         heldout = run.heldout(name)
         if heldout is not None:
-            style = {"dot": "o-", "ring": "o"}[mark]
-            axes.plot(*heldout, style, color=ORANGE, markersize=4.5, linewidth=1.0, zorder=5,
-                      markerfacecolor=ORANGE if mark == "dot" else "none")  # fmt: skip
+            # Two points make no curve: a line would claim what lies between.
+            line = "-" if mark == "dot" and len(heldout[0]) > 2 else ""
+            axes.plot(*heldout, "o", linestyle=line, color=ORANGE, markersize=4.5, linewidth=1.0,
+                      zorder=5, markerfacecolor=ORANGE if mark == "dot" else "none")  # fmt: skip
             extent.append(heldout[1])
     return extent
 
@@ -140,11 +143,11 @@ def loss_panel(run: Run) -> Panel | None:
     extent: list[Floats] = []
     for name, label, colour in (("loss", "main", BLUE), ("mtp_loss", "MTP", GREEN)):
         if metrics.has(name):
-            thin, thick = draw_curve(axes, metrics, name, colour, 1000)
-            extent.append(limited(thin, thick))
+            draw_curve(axes, metrics, name, colour, 1000)
+            extent.append(limits(metrics.columns[name]))
             end = _end(metrics, name)
             keys.append(Key(colour, "thick", label if end is None else f"{label} {end:.3f}"))
-    extent += draw_abandoned(axes, metrics, "loss")
+    draw_abandoned(axes, metrics, "loss")
     step_axis(axes, float(metrics.steps[0]), float(metrics.steps[-1]))
     fit(axes, np.concatenate(extent))
     mark_events(axes, run)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ziphius.report.formats import short, tidy
-from ziphius.report.lines import draw_curve, limited, mark_events
+from ziphius.report.lines import draw_curve, limits, mark_events
 from ziphius.report.read import Metrics, Run
 from ziphius.report.series import Floats, corners, extremes
 from ziphius.report.style import (
@@ -76,14 +76,15 @@ def gradient_panel(run: Run) -> Panel | None:
     if not run.metrics.has("grad_norm"):
         return None
     figure, axes = _steps_figure(run.metrics)
-    thin, thick = draw_curve(axes, run.metrics, "grad_norm", BLUE, _POINTS)
-    values, keys = thin, []
+    draw_curve(axes, run.metrics, "grad_norm", BLUE, _POINTS)
+    values, keys = run.metrics.points("grad_norm")[1], []
+    usual = np.median(values)
     clip = run.setting("pretrain", "clip_norm")
     if isinstance(clip, int | float):
         axes.axhline(clip, color=ORANGE, linewidth=1.3, linestyle=(0, (5, 3)))
         values = np.append(values, clip)
         keys = [Key(ORANGE, "dash", f"clipped at {tidy(clip)}")]
-    if values.min() > 0 and values.max() > _WIDE_RANGE * np.median(thick):
+    if values.min() > 0 and values.max() > _WIDE_RANGE * usual:
         logarithmic(axes)
         axes.set_ylim(values.min() / 1.3, values.max() * 1.3)
     else:
@@ -97,8 +98,8 @@ def balance_loss_panel(run: Run) -> Panel | None:
     if not run.metrics.has("balance_loss") or not run.metrics.points("balance_loss")[1].any():
         return None
     figure, axes = _steps_figure(run.metrics)
-    thin, thick = draw_curve(axes, run.metrics, "balance_loss", BLUE, _POINTS)
-    fit(axes, limited(thin, thick))
+    draw_curve(axes, run.metrics, "balance_loss", BLUE, _POINTS)
+    fit(axes, limits(run.metrics.columns["balance_loss"]))
     return Panel("balance-loss", "Balance loss", "nats, with its weight", figure)
 
 
@@ -107,8 +108,8 @@ def violation_panel(run: Run) -> Panel | None:
     if not run.metrics.has("max_violation"):
         return None
     figure, axes = _steps_figure(run.metrics)
-    thin, _ = draw_curve(axes, run.metrics, "max_violation", BLUE, _POINTS)
-    fit(axes, thin, low=0)
+    draw_curve(axes, run.metrics, "max_violation", BLUE, _POINTS)
+    fit(axes, run.metrics.columns["max_violation"], low=0)
     return Panel(
         "violation", "Balance violation", "MaxVio, mean over layers", figure,
         note="MaxVio = load of the busiest expert ÷ mean load - 1. It is 0 when all are equal.",
@@ -137,9 +138,9 @@ def speed_panel(run: Run) -> Panel | None:
     if not metrics.has("tokens_per_s"):
         return None
     figure, axes = _steps_figure(metrics, right=46)
-    thin, _ = draw_curve(axes, metrics, "tokens_per_s", BLUE, _POINTS)
+    draw_curve(axes, metrics, "tokens_per_s", BLUE, _POINTS)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda speed, _: short(speed)))
-    fit(axes, thin, low=0)
+    fit(axes, metrics.columns["tokens_per_s"], low=0)
     ratio = _mfu_ratio(metrics)
     if ratio is not None:
         _right_axis(axes, ratio)
@@ -152,8 +153,8 @@ def mfu_panel(run: Run) -> Panel | None:
     if not run.metrics.has("mfu") or _mfu_ratio(run.metrics) is not None:
         return None
     figure, axes = _steps_figure(run.metrics)
-    thin, _ = draw_curve(axes, run.metrics, "mfu", BLUE, _POINTS)
-    fit(axes, thin, low=0)
+    draw_curve(axes, run.metrics, "mfu", BLUE, _POINTS)
+    fit(axes, run.metrics.columns["mfu"], low=0)
     axes.yaxis.set_major_formatter(FuncFormatter(_percent))
     return Panel("mfu", "Model FLOPs utilisation", "MFU", figure)
 

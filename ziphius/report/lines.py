@@ -10,12 +10,11 @@ from ziphius.report.series import Floats, extremes
 from ziphius.report.style import AXIS, INK, Key
 
 _MARKS = 200
+_PARTS = 60
 
 
-def draw_curve(
-    axes: Axes, metrics: Metrics, name: str, colour: str, points: int
-) -> tuple[Floats, Floats]:
-    """Draw a column, thin by step and thick smoothed; return both lines' values."""
+def draw_curve(axes: Axes, metrics: Metrics, name: str, colour: str, points: int) -> None:
+    """Draw a column, thin by step and thick smoothed."""
     steps = metrics.steps.astype(np.float64)
     thin = extremes(steps, metrics.columns[name], points)
     thick = extremes(steps, metrics.average(name), points)
@@ -30,28 +29,28 @@ def draw_curve(
         marker=dots,
         markersize=3,
     )
-    return thin[1], thick[1]
 
 
-def draw_abandoned(axes: Axes, metrics: Metrics, name: str) -> list[Floats]:
-    """Draw the steps that the run went back from; return what decides the picture's height."""
+def draw_abandoned(axes: Axes, metrics: Metrics, name: str) -> None:
+    """Draw the steps that the run went back from."""
     steps, values = metrics.abandoned[name]
-    if not np.isfinite(values).any():
-        return []
     # One line for every return: a step that is not above the last begins another.
     for part in np.split(np.arange(len(steps)), np.flatnonzero(np.diff(steps) <= 0) + 1):
         axes.plot(*extremes(steps[part], values[part], 400), color=AXIS, linewidth=0.9, zorder=1.5)
-    kept = metrics.points(name)[1]
-    return [limited(values[np.isfinite(values)], kept)] if len(kept) else []
 
 
-def limited(thin: Floats, thick: Floats) -> Floats:
-    """Return the values that decide a picture's height: a lone peak far above is cut off."""
-    if not len(thick):
-        return thin
-    top, bottom = float(thick.max()), float(thick.min())
-    edge = top + 0.35 * (top - bottom or abs(top))
-    return np.append(np.minimum(thin, edge), thick)
+def limits(values: Floats) -> Floats:
+    """Return the lowest and the highest value to show: a lone peak far above is cut off.
+
+    What is usual is the first value, and the median of every sixtieth of the curve.
+    """
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return values
+    parts = np.array_split(values, min(len(values), _PARTS))
+    usual, bottom = max(values[0], *(np.median(part) for part in parts)), values.min()
+    edge = usual + 0.35 * (usual - bottom or abs(usual))
+    return np.array([bottom, min(values.max(), edge)])
 
 
 def mark_events(axes: Axes, run: Run) -> None:

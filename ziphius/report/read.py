@@ -178,7 +178,7 @@ def read_metrics(path: Path, notes: list[str]) -> Metrics:
     cannot be read at all.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
     except OSError as error:
         raise BadInput(f"metrics {path}: cannot be read: {error.strerror}") from None
     kept: list[dict[str, Any]] = []
@@ -220,7 +220,7 @@ def read_metrics(path: Path, notes: list[str]) -> Metrics:
     )
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except ValueError:
@@ -235,8 +235,12 @@ def _count(record: Mapping[str, Any]) -> float:
 
 
 def _column(records: list[dict[str, Any]], name: str) -> Floats:
-    numbers = (finite(record.get(name)) for record in records)
-    return np.array([math.nan if n is None else n for n in numbers], np.float64)
+    values = [record.get(name) for record in records]
+    if not set(map(type, values)) <= {float, int, type(None)}:
+        values = [finite(value) for value in values]
+    column = np.array(values, np.float64)  # None becomes NaN
+    column[np.isinf(column)] = np.nan
+    return column
 
 
 def _tell_unreadable(numbers: list[int], lines: int, notes: list[str]) -> None:

@@ -31,14 +31,14 @@ class Sample:
 
 
 # Keys of the summary by table: name there, name on the page, how it is written.
-_Known = tuple[tuple[str, str, Callable[[Any], str]], ...]
+Known = tuple[tuple[str, str, Callable[[Any], str]], ...]
 
 
 def _bytes(value: float) -> str:
     return f"{size(value)} ({whole(value)} bytes)"
 
 
-_CORPUS: _Known = (
+_CORPUS: Known = (
     ("corpus", "text", plain),
     ("corpus_files", "files", whole),
     ("corpus_bytes", "size", _bytes),
@@ -48,7 +48,7 @@ _CORPUS: _Known = (
     ("heldout_packages", "held-out packages", plain),
     ("vocab_size", "vocabulary", whole),
 )
-_MACHINE: _Known = (
+_MACHINE: Known = (
     ("compute", "arithmetic", plain),
     ("kernels", "kernels", plain),
     ("torch", "PyTorch", plain),
@@ -147,7 +147,7 @@ def other_rows(run: Run) -> list[Row]:
     return [Row(name, plain(value)) for name, value in summary.items() if name not in known]
 
 
-def _rows(run: Run, known: _Known) -> Iterator[Row]:
+def _rows(run: Run, known: Known) -> Iterator[Row]:
     for name, label, write in known:
         value = (run.summary or {}).get(name)
         if value is not None and value != "":

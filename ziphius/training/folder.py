@@ -15,12 +15,20 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ziphius.checkpoint.config_json import CONFIG_FILE
-from ziphius.checkpoint.files import MANIFEST, is_weight_file, replace_directory, write_atomic
+from ziphius.checkpoint.files import (
+    MANIFEST,
+    is_weight_file,
+    recover_directory,
+    remove_directory,
+    replace_directory,
+    unfinished_targets,
+    write_atomic,
+)
 from ziphius.checkpoint.huggingface import STEP_PREFIX, stage_checkpoints
 from ziphius.config.errors import BadInput
 from ziphius.config.recipe import Recipe, changed_keys, dump_recipe, load_recipe
@@ -57,6 +65,12 @@ class RunFolder:
 
     def require_room(self) -> None:
         """Raise BadInput unless a run may begin or go on here. Nothing is changed."""
+        self._require_room(self.replace)
+        if (self.path / _LOCK).exists():
+            with self._locked():
+                pass
+
+    def _require_room(self, replace: bool) -> None:
         with one_line(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise BadInput(f"--out {self.path}: is a file: choose a folder")
@@ -66,14 +80,13 @@ class RunFolder:
                 raise BadInput(
                     f"--out {self.path}: holds files that are no run: choose another folder"
                 )
-            if self.replace or self.resume:
-                if _names(self.previous) and not _is_run(self.previous):
-                    raise BadInput(f"--out {self.path}: {self.previous} is no run and in the way")
-                return
-            raise BadInput(
-                f"--out {self.path}: holds a run already: go on with it by --resume, or choose "
-                "another folder"
-            )
+            if replace and _names(self.previous) and not _is_run(self.previous):
+                raise BadInput(f"--out {self.path}: {self.previous} is no run and in the way")
+            if not replace and not self.resume:
+                raise BadInput(
+                    f"--out {self.path}: holds a run already: go on with it by --resume, or choose "
+                    "another folder"
+                )
 
     def agreed(self, recipe: Recipe) -> Recipe:
         """Return the recipe with which the run here goes on, or begins.
@@ -94,37 +107,46 @@ class RunFolder:
             )
         return recipe
 
-    def create(self, recipe: Recipe) -> None:
-        """Begin the run, or go on with it: make room and write its recipe."""
+    @contextmanager
+    def claimed(self, recipe: Recipe) -> Iterator[None]:
+        """Begin the run, or go on with it, as the only process that trains into this folder.
+
+        An earlier run moves aside, or what died in this one is cleared away; then the recipe is
+        written. Raises BadInput as ``require_room`` does, and if another process trains here.
+        """
         self.require_room()
-        if self.path.is_dir():
-            with self.locked():  # nobody else's run is moved or written over
-                pass
         with one_line(self.path):
-            if _names(self.path) and not self.resume:
-                self._move_aside()
-            self.stage.mkdir(parents=True, exist_ok=True)
-            self.write_recipe(recipe)
+            recover_directory(self.path)
+            if self.replace and _names(self.path):
+                with self._locked():  # it moves with the folder
+                    self._move_aside()
+            self.path.mkdir(parents=True, exist_ok=True)
+        with self._locked() as alone:
+            self._require_room(replace=False)  # another process may have been faster
+            with one_line(self.path):
+                # First of all: only a folder with a recipe is a run.
+                self.write_recipe(recipe)
+                self.stage.mkdir(parents=True, exist_ok=True)
+                for target in (*unfinished_targets(self.stage), self.checkpoint):
+                    recover_directory(target, alone=alone)
+            yield
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from training into this folder. Raises BadInput if one does."""
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
-            yield
-            return
+    def _locked(self) -> Iterator[bool]:
+        """Keep other processes from training into this folder. Raises BadInput if one does.
+
+        It gives whether that is certain: not every system has such locks.
+        """
         with one_line(self.path):
             file = (self.path / _LOCK).open("a+")
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            locked = _lock(file)
+            if locked is False or not _is_same(file, self.path / _LOCK):
                 raise BadInput(
                     f"--out {self.path}: another process trains into this folder: wait for it, "
                     "stop it, or choose another folder"
-                ) from None
-            yield
+                )
+            yield locked is True
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Write recipe.toml, whole or not at all."""
@@ -143,13 +165,14 @@ class RunFolder:
         with one_line(checkpoint):
             aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
             if aside.exists():
-                shutil.rmtree(aside)
+                remove_directory(aside)
             checkpoint.rename(aside)
 
     def drop_old(self, keep: int) -> None:
         """Remove all but the newest ``keep`` checkpoints."""
         for checkpoint in self.checkpoints()[keep:]:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            with suppress(OSError):
+                remove_directory(checkpoint)
 
     def publish(self, source: Path) -> None:
         """Make a checkpoint the run's final one: the same files, without its state.
@@ -168,11 +191,12 @@ class RunFolder:
         write_atomic(self.path / "summary.json", text.encode())
 
     def _move_aside(self) -> None:
+        recover_directory(self.previous)
         if _is_finished(self.previous) and not _is_finished(self.path):
-            shutil.rmtree(self.path)
+            remove_directory(self.path)
             return
         if self.previous.exists():
-            shutil.rmtree(self.previous)
+            remove_directory(self.previous)
         self.path.rename(self.previous)
 
 
@@ -190,6 +214,27 @@ def _is_run(path: Path) -> bool:
 
 def _is_finished(path: Path) -> bool:
     return (path / "checkpoint" / CONFIG_FILE).is_file()
+
+
+def _lock(file: IO[str]) -> bool | None:
+    """Lock a file while it is open: False if another process has, None if there are no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
+    return True
+
+
+def _is_same(file: IO[str], path: Path) -> bool:
+    """Say whether an open file is still the one at ``path``: its folder may have moved."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError:
+        return False
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

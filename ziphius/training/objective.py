@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ziphius.config.pretrain import PretrainConfig
 from ziphius.data.rows import Batch, row_targets
-from ziphius.kernels.loss import IGNORED, linear_cross_entropy
+from ziphius.kernels.loss import IGNORED
 from ziphius.model.router import Routing, sequence_balance
 from ziphius.model.transformer import Transformer
 
@@ -49,12 +49,10 @@ def losses(
     tokens_BS = batch.tokens_BS
     features = model.features(tokens_BS, batch.documents_BS if document_mask else None)
     high = model.precision.high
-    weight_VD = model.lm_head.weight.to(features.hidden_BTD.dtype)
 
     def cross_entropy(hidden_BTD: Tensor, depth: int) -> Tensor:
         targets_BT = row_targets(batch, depth, document_mask=document_mask)
-        hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
-        return linear_cross_entropy(hidden_ND, weight_VD, targets_N) / target_count
+        return model.cross_entropy(hidden_BTD.flatten(0, 1), targets_BT.flatten()) / target_count
 
     main = cross_entropy(features.hidden_BTD, 0)
     mtp = torch.zeros((), dtype=high, device=tokens_BS.device)

@@ -79,10 +79,10 @@ def pretrain(
     recipe = resolve(folder.agreed(recipe))
     torch.set_num_threads(recipe.run.threads)
     text = text or prepare_text(recipe, watch)
-    folder.create(recipe)
-    with folder.locked():
+    with folder.claimed(recipe):
         state = _begin(recipe, text)
         _go_on(state, folder, watch)
+        folder.drop_old(recipe.run.keep_checkpoints)
         peak = peak_flops(recipe.run.device, DTYPES[recipe.precision.compute])
         loop = Loop(recipe, state, text, folder, watch, peak)
         if state.progress.heldout_bpb_before is None:

@@ -111,9 +111,15 @@ void turned(H* to, const H* from, int64_t from_row, int64_t padded, int64_t widt
                 to[(block * width) + i * BLOCK + t] = from[(block + t) * from_row + i];
 }
 
-// Is key s hidden from query t? Rows beyond the sequence see what they like.
-inline bool hidden(const int64_t* documents, int64_t length, int64_t t, int64_t s) {
-    return s > t || (documents && t < length && documents[s] != documents[t]);
+// Write value over what a query may not see of a block of keys: later ones, and other documents'.
+// Queries beyond the sequence are not looked at again.
+template <class H>
+inline void hide(H* row, H value, const int64_t* documents, int64_t length, int64_t query,
+                 int64_t key) {
+    if (documents && query < length)
+        for (int64_t c = 0; c < BLOCK && key + c <= query; c++)
+            if (documents[key + c] != documents[query]) row[c] = value;
+    for (int64_t c = query - key + 1; c < BLOCK; c++) row[c] = value;
 }
 
 // exp(scores - offset of the row), in place, 0 where the key is hidden.
@@ -124,9 +130,7 @@ void weights(H* scores, const H* offset, const int64_t* documents, int64_t lengt
         H *row = scores + r * BLOCK, shift = offset[r];
 #pragma omp simd
         for (int64_t c = 0; c < BLOCK; c++) row[c] = exponential(row[c] - shift);
-        if (documents || query == key)
-            for (int64_t c = 0; c < BLOCK; c++)
-                if (hidden(documents, length, query + r, key + c)) row[c] = 0;
+        hide(row, H(0), documents, length, query + r, key);
     }
 }
 
@@ -156,16 +160,11 @@ void forward_head(const T* q, int64_t q_row, const T* k, int64_t k_row, const T*
                      width, false);
             for (int64_t r = 0; r < BLOCK; r++) {
                 H *row = scores + r * BLOCK, most = largest[r];
-                bool masked = documents || query == key;
-                for (int64_t c = 0; c < BLOCK; c++)
-                    if (!masked || !hidden(documents, s.length, query + r, key + c))
-                        most = row[c] > most ? row[c] : most;
+                hide(row, -std::numeric_limits<H>::infinity(), documents, s.length, query + r, key);
+#pragma omp simd reduction(max : most)
+                for (int64_t c = 0; c < BLOCK; c++) most = row[c] > most ? row[c] : most;
                 H fading = exponential(largest[r] - most), sum = 0;
                 largest[r] = most;
-                if (masked)
-                    for (int64_t c = 0; c < BLOCK; c++)
-                        if (hidden(documents, s.length, query + r, key + c))
-                            row[c] = -std::numeric_limits<H>::infinity();
 #pragma omp simd reduction(+ : sum)
                 for (int64_t c = 0; c < BLOCK; c++) {
                     row[c] = exponential(row[c] - most);

@@ -1,0 +1,99 @@
+"""What the tests of whole runs share: a small recipe, its text, and what makes two runs equal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ziphius.config.recipe import Recipe, load_recipe
+
+SMALL = (
+    *(f"{table}.vocab_size=300" for table in ("model", "tokenizer")),
+    *("model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2"),
+    *("model.q_lora_rank=16", "model.kv_lora_rank=16", "model.qk_nope_head_dim=8"),
+    *("model.qk_rope_head_dim=4", "model.v_head_dim=12", "model.n_routed_experts=8"),
+    *("model.num_experts_per_tok=2", "model.moe_intermediate_size=16"),
+    *("pretrain.micro_batch_size=4", "pretrain.sequence_length=32", "pretrain.batch_size=4"),
+    *("pretrain.ema_decay=0.9", "run.threads=1", "run.validate_bytes=300", "data.workers=0"),
+)
+# What a clock says is not part of the promise.
+_CLOCK = ("seconds", "tokens_per_s", "mfu")
+LOCK = ".lock"
+
+
+class Silent:
+    """Follows a run without a terminal; ``on_step`` may stop it."""
+
+    def __init__(self, on_step: Callable[[int], None] = lambda step: None) -> None:
+        self.said: list[str] = []
+        self.on_step = on_step
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def step(self, record: dict[str, Any], steps: int) -> None:
+        self.on_step(record["step"])
+
+
+def write_text(folder: Path) -> Path:
+    """Write programs that no interpreter ships; return their folder."""
+    for package in ("alpha", "beta", "gamma"):
+        (folder / package).mkdir(parents=True)
+        for number in range(4):
+            lines = [f"def {package}_{number}_{i}(x):\n    return x + {i}\n\n" for i in range(30)]
+            (folder / package / f"m{number}.py").write_text("".join(lines), "utf-8")
+    return folder
+
+
+def overrides(text: Path, *more: str) -> list[str]:
+    """Return the settings of a small run, as ``--set`` takes them."""
+    return [*SMALL, f"data.source={text}", *more]
+
+
+def recipe(text: Path, *more: str) -> Recipe:
+    """Return the recipe of a small run."""
+    return load_recipe("tiny", overrides(text, *more))
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """Return a run's lines of metrics, without what the clock wrote."""
+    lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in _CLOCK} for line in lines]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file of a checkpoint, without what the clock wrote."""
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files.pop("manifest.json", None)
+    if "state/state.json" in files:
+        numbers = json.loads(files["state/state.json"])
+        del numbers["progress"]["seconds"], numbers["progress"]["resumed"], numbers["log_sizes"]
+        files["state/state.json"] = json.dumps(numbers).encode()
+    return files
+
+
+def checkpoints(out: Path) -> dict[str, dict[str, bytes]]:
+    """Return the files of every checkpoint of a run, by its name."""
+    stage = out / "stages" / "pretrain"
+    return {folder.name: contents(folder) for folder in stage.iterdir()}
+
+
+def leftovers(out: Path) -> list[str]:
+    """List what writers have left unfinished in a run folder."""
+    return [str(path.relative_to(out)) for path in _hidden(out) if path.name != LOCK]
+
+
+def _hidden(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.name.startswith("."))
+
+
+def assert_same_run(out: Path, whole: Path) -> None:
+    """Compare everything that a run leaves but the clock: lines, weights, moments, loader."""
+    assert metrics(out) == metrics(whole)
+    assert (out / "balance.jsonl").read_bytes() == (whole / "balance.jsonl").read_bytes()
+    assert checkpoints(out) == checkpoints(whole)
+    assert contents(out / "checkpoint") == contents(whole / "checkpoint")
+    assert (out / "recipe.toml").read_bytes() == (whole / "recipe.toml").read_bytes()
+    assert leftovers(out) == []
