@@ -34,7 +34,7 @@ import ziphius
 from ziphius.config.model import ModelConfig
 from ziphius.config.pretrain import PretrainConfig
 from ziphius.data.rows import Batch
-from ziphius.kernels.select import Kernels, compiled_kernels
+from ziphius.kernels.select import Kernels, compiled_kernels, widening_pays
 from ziphius.model.init import initialise
 from ziphius.model.precision import DTYPES, Precision
 from ziphius.model.transformer import Transformer
@@ -121,7 +121,8 @@ def build(job: Job, kernels: Kernels | None = None) -> Transformer:
 
 def ziphius_step(job: Job, cache: Path) -> tuple[Step, Kernels]:
     """Return a step of ours, which returns its loss, and the kernels that were chosen."""
-    kernels = compiled_kernels(cache, DTYPES[job.precision])
+    widen = job.precision == "bfloat16" and widening_pays()
+    kernels = compiled_kernels(cache, "widened" if widen else "native")
     model = build(job, kernels)
     optimizer = AdamW(model.parameters(), job.settings, kernels)
     batch = Batch(job.tokens_BS, torch.zeros_like(job.tokens_BS))

@@ -257,5 +257,5 @@ def test_help_of_the_module_ends_well() -> None:
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    for verb in ("quickstart", "pretrain", "generate", "convert", "inspect"):
+    for verb in ("quickstart", "prepare", "pretrain", "report", "generate", "convert", "inspect"):
         assert verb in run.stdout

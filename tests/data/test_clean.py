@@ -78,7 +78,7 @@ def test_what_is_no_text_is_removed_with_its_reason(text: str, expected: str) ->
         "a page\n\x0cnext page\v\n\ttabs\r\n",
         "one escape \x1b in a hundred and more characters " + "x" * 100,
         "same line\n" * 10,  # nine of ten repeat: exactly the share that is allowed
-        "一二三\n",  # noqa: RUF001
+        "一二三\n",
         "\n" * 50 + "def f(): ...\n",
     ],
 )

@@ -96,7 +96,12 @@ def test_a_folder_is_read_cleaned_and_counted(tmp_path: Path) -> None:
     write(tmp_path, {"picture.png": "no", ".git/notes.txt": "no", "empty.txt": ""})
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     corpus = read(tmp_path)
-    assert texts(corpus) == {"a/one.txt": "1", "a/b/two.md": "2", "three.rst": "3\n", "four.py": "４"}
+    assert texts(corpus) == {
+        "a/one.txt": "1",
+        "a/b/two.md": "2",
+        "three.rst": "3\n",
+        "four.py": "４",
+    }
     assert corpus.skipped == 1
     assert corpus.train_bytes + corpus.heldout_bytes == 1 + 1 + 2 + 3
     assert [(count.reason, count.examples) for count in corpus.removed_counts] == [

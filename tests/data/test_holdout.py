@@ -27,7 +27,10 @@ def hash_of(name: str) -> int:
 
 
 def held(
-    documents: list[Fake], every: int = 4, most: int = PLENTY, protected: frozenset[str] = frozenset()
+    documents: list[Fake],
+    every: int = 4,
+    most: int = PLENTY,
+    protected: frozenset[str] = frozenset(),
 ) -> list[str]:
     choice = choose_heldout(documents, every, most, protected)
     assert choice.divided is None
@@ -146,10 +149,10 @@ def test_a_divided_text_is_all_there(lines: list[str], every: int, most: int) ->
     assert first.text + last.text == document.text
     assert [part.name for part in parts] == ["a.txt#train", "a.txt#heldout"]
     assert all((part.source, part.is_record) == (2, True) for part in parts)
-    count = len(last.text.splitlines(keepends=True))
-    assert 1 <= count <= max(1, len(lines) // every)
+    count, wanted = len(last.text.splitlines(keepends=True)), max(1, len(lines) // every)
+    assert 1 <= count <= wanted
     assert count == 1 or last.size <= most
-    assert count == max(1, len(lines) // every) or last.size + len(lines[-count - 1].encode()) > most
+    assert count == wanted or last.size + len(lines[-count - 1].encode()) > most
 
 
 @pytest.mark.parametrize("text", ["one line", "one line\n", "\n"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.test_prepare import contents, recipe, run, sources  # noqa: F401
+from tests.data.preparing import contents, make_mixture, recipe, run
 from tests.data.texts import write
 from ziphius.config.errors import BadInput
 from ziphius.data import ray_engine
@@ -17,6 +17,7 @@ from ziphius.data.ray_engine import RayEngine
 from ziphius.data.readers import Piece, Raw
 
 pytest.importorskip("ray", reason="needs ray: pip install 'ziphius[ray]'")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +27,10 @@ def engine() -> Iterator[RayEngine]:
 
 
 def test_ray_writes_the_same_bytes(
-    engine: RayEngine,
-    tmp_path: Path,
-    sources: str,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    engine: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_engine, "ENCODE_BYTES", 3000)
-    (tmp_path / "code" / "caf\udce9.py").write_text("a name that is no UTF-8\n" * 3)
+    sources = make_mixture(tmp_path)
     run(recipe(sources), tmp_path / "here")
     prepare(recipe(sources), tmp_path / "there", engine)
     assert contents(tmp_path / "here") == contents(tmp_path / "there")
@@ -66,5 +64,5 @@ def test_rows_bring_everything_back(value: Piece | Raw | Examined) -> None:
 
 def test_without_ray_its_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(BadInput, match='pip install "ziphius\\[ray\\]"'):
+    with pytest.raises(BadInput, match=r'pip install "ziphius\[ray\]"'):
         RayEngine()

@@ -83,9 +83,7 @@ def test_a_reader_holds_a_line_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
     pack(jsonl({"text": prose(i, 2000)} for i in range(100)), tmp_path / "a.jsonl.gz")
     lines: list[int] = []
     original = readers._text_of_line
-    monkeypatch.setattr(
-        readers, "_text_of_line", lambda *line: lines.append(1) or original(*line)
-    )
+    monkeypatch.setattr(readers, "_text_of_line", lambda *line: lines.append(1) or original(*line))
     stream = read_piece(piece(tmp_path / "a.jsonl.gz"))
     next(stream)
     assert len(lines) == 1
@@ -248,5 +246,5 @@ def test_without_a_network_the_hub_is_refused_in_one_line() -> None:
 
 
 def test_a_library_that_is_not_installed_is_told_with_its_command() -> None:
-    with pytest.raises(BadInput, match='needs no_such, .*pip install "ziphius\\[data\\]"'):
+    with pytest.raises(BadInput, match=r'needs no_such, .*pip install "ziphius\[data\]"'):
         optional("no_such.module", "data", "a.parquet")

@@ -77,7 +77,8 @@ def test_what_is_no_file_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_what_prepare_made_inside_a_folder_is_not_read_again(tmp_path: Path) -> None:
-    write(tmp_path, {"a.txt": "1", "out/prepared.json": "{}", "out/heldout.jsonl": "", "z/b.txt": ""})
+    write(tmp_path, {"a.txt": "1", "z/b.txt": ""})
+    write(tmp_path / "out", {"prepared.json": "{}", "heldout.jsonl": "", "inside/c.txt": ""})
     assert names(open_one(tmp_path)) == ["a.txt", "z/b.txt"]
     assert "only source" in refusal(tmp_path / "out")
 
@@ -123,6 +124,6 @@ def test_a_source_that_is_named_twice_is_refused(tmp_path: Path, monkeypatch) ->
 
 
 def test_a_recipe_names_its_sources_one_way() -> None:
-    with pytest.raises(ValueError, match="data.sources is the whole mixture"):
+    with pytest.raises(ValueError, match=r"data\.sources is the whole mixture"):
         DataConfig(source="a", sources=(SourceConfig(path="b"),))
     assert [entry.path for entry in DataConfig(source="a").mixture] == ["a"]

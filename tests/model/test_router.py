@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support import F64, tiny_config
+from ziphius.kernels.select import Kernels
 from ziphius.model.precision import Precision
 from ziphius.model.router import Router, choose, expert_counts, gate, sequence_balance
 
@@ -27,7 +28,7 @@ def router(bias_E: Tensor, precision: Precision | None = None, **changes: object
     """Build a router whose logits are its input: the hidden width is the number of experts."""
     E = len(bias_E)
     config = tiny_config(hidden_size=E, n_routed_experts=E, num_experts_per_tok=3, **changes)
-    result = Router(config, precision or Precision(), None)
+    result = Router(config, precision or Precision(), Kernels(), None)
     with torch.no_grad():
         result.weight.copy_(torch.eye(E))
         result.e_score_correction_bias.copy_(bias_E)

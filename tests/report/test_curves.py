@@ -84,6 +84,17 @@ def test_bits_per_byte_are_the_files(run: Run, folder: Path, size: tuple[float, 
     assert {run.summary["ngram_bpb"], run.summary["xz_bpb"]} <= set(levels)
 
 
+@pytest.mark.parametrize("size", [WIDE, NARROW])
+def test_everything_lies_inside_the_picture(tmp_path: Path, size: tuple[float, float]) -> None:
+    run = read_run(write_run(tmp_path, Plan(steps=300)))
+    axes = curves.bits_figure(run, size).axes[0]
+    bottom, top = axes.get_ylim()
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
+    assert bottom < values.min()
+    assert values.max() < top
+    assert top - bottom < 1.2 * (values.max() - values.min())
+
+
 def test_the_wide_pictures_labels_do_not_overlap(run: Run) -> None:
     figure = curves.bits_figure(run, WIDE)
     canvas = FigureCanvasAgg(figure)

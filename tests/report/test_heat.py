@@ -58,3 +58,11 @@ def test_a_dead_expert_looks_like_no_load(page: float) -> None:
     colours = over(heat.palette() / 255, page)
     loads, dead = colours[: 2 * heat.LEVELS + 1], colours[heat.DEAD]
     assert np.abs(loads - dead).max(axis=1).min() > 0.25
+
+
+def test_underload_is_blue_and_overload_orange() -> None:
+    red, _, blue, opacity = heat.palette()[heat.levels(np.array([0.4, 1.0, 2.5]))].T.astype(int)
+    assert blue[0] > red[0]
+    assert red[2] > blue[2]
+    assert opacity[1] == 0
+    assert opacity[0] == opacity[2] > 100

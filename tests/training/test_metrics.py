@@ -1,7 +1,10 @@
 """Lines of metrics that survive being cut off, and TensorBoard's copy of them."""
 
 import json
+import resource
 from pathlib import Path
+
+import pytest
 
 from ziphius.training.metrics import Events, Lines
 
@@ -27,6 +30,20 @@ def test_cutting_goes_back_to_a_size_and_drops_half_a_line(tmp_path: Path) -> No
     assert lines.path.read_bytes() == kept
     lines.cut(0)
     assert lines.path.read_bytes() == b""
+
+
+def test_a_disk_that_takes_half_a_line_is_an_error(tmp_path: Path) -> None:
+    lines = Lines(tmp_path / "metrics.jsonl")
+    lines.append({"step": 1})
+    kept, limits = lines.path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) + 4, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            lines.append({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    lines.cut(10**6)
+    assert lines.path.read_bytes() == kept
 
 
 def test_a_log_that_is_missing_is_begun(tmp_path: Path) -> None:

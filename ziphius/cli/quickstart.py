@@ -98,7 +98,7 @@ def _tokens_that_fit(recipe: Recipe, text: Text, minutes: float, display: Displa
     torch.set_num_threads(recipe.run.threads)
     config = recipe.pretrain
     model = build_model(recipe)
-    optimizer = AdamW(model.parameters(), config)
+    optimizer = AdamW(model.parameters(), config, model.kernels)
     state, settings = text.loader.state(), settings_at(config, 1, config.total_tokens)
     seconds = []
     for _ in range(1 + _TIMED_STEPS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -15,7 +16,11 @@ class RunConfig(Table):
     """What a run needs to be repeated: its seed, its threads and its device.
 
     ``threads`` belongs to the recipe because sums over threads differ in their last bits;
-    0 takes as many as the process may use and writes it down. A checkpoint is written every
+    0 takes as many as the process may use and writes it down. ``kernels`` are torch's own or the
+    ``compiled`` ones of ``kernels/cpu``; ``auto`` takes these where there is a compiler.
+    ``products`` says how BF16 products run on a processor: ``native``, or ``widened`` to FP32;
+    ``auto`` takes what is measured to be faster. Both choices are written down. ``cache`` keeps the
+    compiled kernels. A checkpoint is written every
     ``checkpoint_every`` steps, and the newest ``keep_checkpoints`` are kept. Held-out text, at most
     ``validate_bytes`` of it, is measured every ``validate_every`` steps; 0 measures it before and
     after only. ``tensorboard`` writes event files beside ``metrics.jsonl``.
@@ -24,6 +29,9 @@ class RunConfig(Table):
     seed: int = Field(0, ge=0)
     threads: int = Field(0, ge=0)
     device: str = "cpu"
+    kernels: Literal["auto", "torch", "compiled"] = "auto"
+    products: Literal["auto", "native", "widened"] = "auto"
+    cache: str = "~/.cache/ziphius"
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=2)
     validate_bytes: int = Field(600_000, ge=1)

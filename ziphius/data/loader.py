@@ -67,7 +67,6 @@ class Loader:
         self.tokens_per_epoch = sum(counts)
         _require_text(counts, [weight for _, weight in sources], sequence_length)
         window = max(window_tokens, _FEWEST_ROWS * (sequence_length + 1))
-        self._whole = window >= self.tokens_per_epoch
         self._identity = {
             "seed": seed,
             "sequence_length": sequence_length,
@@ -150,12 +149,10 @@ class Loader:
         self._windows.close()
 
     def _require_rows(self, batch_size: int) -> None:
-        least = self.tokens_per_epoch // (self.sequence_length + 1)
-        if batch_size <= least:
+        row = self.sequence_length + 1
+        if batch_size * row <= self.tokens_per_epoch:
             return
-        rows = least
-        if self._whole:  # else packing all of the text would be too long a check
-            rows = rows_per_epoch(self._sources, self.sequence_length + 1)
+        rows = rows_per_epoch(self._sources, row)  # more than tokens / row, for there is padding
         if batch_size > rows:
             raise BadInput(
                 f"data.source: {self.tokens_per_epoch:,} tokens make {rows} rows of "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
+from ziphius.checkpoint.files import write_atomic
 from ziphius.config.errors import BadInput
 
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
@@ -164,14 +164,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / TOKENIZER_FILE, tokenizer.to_str(pretty=True))
-    _write(folder / CONFIG_FILE, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(text.encode())
-    os.replace(temporary, path)
+    write_atomic(folder / TOKENIZER_FILE, tokenizer.to_str(pretty=True).encode())
+    text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+    write_atomic(folder / CONFIG_FILE, text.encode())
 
 
 def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:

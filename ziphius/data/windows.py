@@ -161,7 +161,9 @@ class WindowMaker:
         count = int(row.max()) + 1 if len(row) else 0
         place = np.empty(count, dtype=np.int64)  # of every row in the shuffled order
         place[self._shuffled("rows", number, count)] = np.arange(count)
-        dealt = np.argsort(place[row], kind="stable")
+        # The order of ``mixed`` would not do: packing goes through each length in that order too.
+        within = draw("in-row", self._seed, number, np.arange(len(row)))
+        dealt = np.lexsort((within, place[row]))
         order = mixed[dealt]
         starts = (np.cumsum(lengths) - lengths)[pieces.document[order]] + pieces.start[order]
         stretches = zip(starts.tolist(), (starts + piece[dealt]).tolist(), strict=True)

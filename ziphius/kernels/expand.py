@@ -35,8 +35,11 @@ class _Compiled(torch.autograd.Function):
         k_rope_NR = k_rope_BTR.reshape(-1, R)
         if k_rope_NR.stride(-1) != 1:
             k_rope_NR = k_rope_NR.contiguous()
-        queries, keys = q_BTHd.new_empty(2, B, T, H, d).unbind(0)
-        outputs = (queries, keys, q_BTHd.new_empty(B, T, H, v))
+        outputs = (
+            q_BTHd.new_empty(B, T, H, d),
+            q_BTHd.new_empty(B, T, H, d),
+            q_BTHd.new_empty(B, T, H, v),
+        )
         ctx.size = (B * T, T, H, d - R, R, v)
         inputs = (q_BTHd, kv_BTHo, k_rope_NR, k_rope_NR.stride(0), cos_Tr, sin_Tr)
         library.call("expand_forward", q_BTHd.dtype, *inputs, *outputs, *ctx.size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,25 +34,23 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(x_MI, weight_EOI)
         ctx.counts = counts
         out_MO = x_MI.new_empty(x_MI.shape[0], weight_EOI.shape[1])
-        for expert, rows in _segments(counts):
-            torch.mm(x_MI[rows], weight_EOI[expert].to(x_MI.dtype).T, out=out_MO[rows])
+        for x_mI, weight_OI, out_mO in _segments(counts, x_MI, weight_EOI, out_MO):
+            torch.mm(x_mI, weight_OI.to(x_MI.dtype).T, out=out_mO)
         return out_MO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_MI, weight_EOI = ctx.saved_tensors
         dout_MO = grads[0].contiguous()
-        dx_MI = torch.empty_like(x_MI) if ctx.needs_input_grad[0] else None
-        dweight_EOI = torch.empty_like(weight_EOI) if ctx.needs_input_grad[1] else None
-        for expert, rows in _segments(ctx.counts):
-            if dx_MI is not None:
-                torch.mm(dout_MO[rows], weight_EOI[expert].to(x_MI.dtype), out=dx_MI[rows])
-            if dweight_EOI is not None:
-                _product(dout_MO[rows].T, x_MI[rows], dweight_EOI[expert])
-        if dweight_EOI is not None:
-            for expert, count in enumerate(ctx.counts):
-                if not count:
-                    dweight_EOI[expert].zero_()
+        dx_MI = dweight_EOI = None
+        if ctx.needs_input_grad[0]:
+            dx_MI = torch.empty_like(x_MI)
+            for dout_mO, weight_OI, dx_mI in _segments(ctx.counts, dout_MO, weight_EOI, dx_MI):
+                torch.mm(dout_mO, weight_OI.to(x_MI.dtype), out=dx_mI)
+        if ctx.needs_input_grad[1]:
+            dweight_EOI = torch.zeros_like(weight_EOI)
+            for dout_mO, dweight_OI, x_mI in _segments(ctx.counts, dout_MO, dweight_EOI, x_MI):
+                _product(dout_mO.T, x_mI, dweight_OI)
         return dx_MI, dweight_EOI, None
 
 
@@ -68,14 +66,13 @@ def grouped_linear_loop(x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int])
     return _GroupedLinear.apply(x_MI, weight_EOI, counts)
 
 
-def _segments(counts: Sequence[int]) -> list[tuple[int, slice]]:
-    """List (expert, its rows) for every expert that has rows."""
-    segments, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            segments.append((expert, slice(start, start + count)))
-        start += count
-    return segments
+def _segments(
+    counts: Sequence[int], rows: Tensor, experts: Tensor, others: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (rows, matrix, other rows) of every expert that has rows."""
+    sizes = list(counts)
+    segments = zip(rows.split(sizes), experts.unbind(0), others.split(sizes), strict=True)
+    return (segment for segment in segments if len(segment[0]))
 
 
 VERSIONS: dict[str, Callable[[Tensor, Tensor, Sequence[int]], Tensor]] = {

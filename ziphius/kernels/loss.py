@@ -64,10 +64,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=high, device=hidden_ND.device)
         dhidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=high) if ctx.needs_input_grad[1] else None
+        memory_nV = hidden_ND.new_empty(min(chunk, len(hidden_ND)), len(weight_VD), dtype=dtype)
         for start in range(0, hidden_ND.shape[0], chunk):
             rows = slice(start, start + chunk)
             hidden_nD = hidden_ND[rows].to(dtype)
-            logits_nV = (hidden_nD @ used_VD.T).to(high)
+            logits_nV = torch.mm(hidden_nD, used_VD.T, out=memory_nV[: len(hidden_nD)]).to(high)
             total += rows_loss(logits_nV, targets_N[rows].contiguous())
             if dhidden_ND is None and dweight_VD is None:
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,12 +14,24 @@ import torch
 
 from ziphius.config.errors import BadInput
 from ziphius.config.table import nearest
-from ziphius.kernels import adamw, attention, expand, grouped, linear, loss, norm, permute, swiglu
-from ziphius.kernels.cpu.library import Library, build
+from ziphius.kernels import (
+    adamw,
+    attention,
+    choose,
+    expand,
+    grouped,
+    linear,
+    loss,
+    norm,
+    permute,
+    swiglu,
+)
+from ziphius.kernels.cpu.library import COMPILER, Library, build
 
 COMPILED = "cpp"
 # Of every operation the table of versions, and the one that needs the library, if there is one.
 OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
+    "choose": (choose.VERSIONS, choose.COMPILED),
     "attention": (attention.VERSIONS, attention.COMPILED),
     "grouped": (grouped.VERSIONS, None),
     "linear": (linear.VERSIONS, None),
@@ -41,6 +54,7 @@ class Kernels:
     experts and of the loss.
     """
 
+    choose: str = "torch"
     attention: str = "sdpa"
     grouped: str = "loop"
     linear: str = "native"
@@ -78,20 +92,25 @@ class Kernels:
         return " ".join(f"{op}={getattr(self, op)}" for op in chosen)
 
 
-def compiled_kernels(folder: Path, compute: torch.dtype) -> Kernels:
-    """Choose the fastest versions for training on this processor; ``folder`` keeps the library.
+def compiled_kernels(folder: Path, products: str = "native") -> Kernels:
+    """Choose the compiled version of everything that has one; ``folder`` keeps the library.
 
-    BF16 products are widened if that was measured to be faster. Raises BadInput where there is no
-    compiler.
+    ``products`` is the version of ``linear``. Raises BadInput where there is no compiler.
     """
     chosen = {op: COMPILED for op, (_, compiled) in OPERATIONS.items() if compiled is not None}
-    if compute == torch.bfloat16 and _widening_pays():
-        chosen["linear"] = "widened"
-    return Kernels(**chosen, library=build(folder))
+    return Kernels(**chosen, linear=products, library=build(folder))
 
 
-def _widening_pays(rows: int = 512, width: int = 256) -> bool:
-    """Measure an expert's product in BF16, and in FP32 with the casts there and back."""
+def has_compiler() -> bool:
+    """Say whether kernels can be compiled here."""
+    return shutil.which(COMPILER) is not None
+
+
+def widening_pays(rows: int = 512, width: int = 256) -> bool:
+    """Measure an expert's product in BF16, and in FP32 with the casts there and back.
+
+    For a run that is about to begin: what it decides should be written down with the run.
+    """
     x, weight = torch.randn(rows, width).bfloat16(), torch.randn(width, width).bfloat16()
     best = {False: float("inf"), True: float("inf")}
     for _ in range(8):

@@ -103,7 +103,7 @@ class MixtureOfExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.dtype = precision.dtype("linear")
-        self.gate = Router(config, precision, device)
+        self.gate = Router(config, precision, kernels, device)
         self.experts = RoutedExperts(config, precision, kernels, device)
         shared_width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = SwiGLU(config.hidden_size, shared_width, precision, kernels, device)

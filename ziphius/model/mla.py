@@ -159,7 +159,7 @@ class MLA(nn.Module):
         """Do the same by a kernel that takes everything after the up-projections."""
         if self.has_query_latent:
             q_BTQ = self.q_b_proj(self.q_a_layernorm(q_BTQ))
-        latent_BTC, k_rope_BTR = torch.split(kv_BTc, (self.latent, self.rope), dim=-1)
+        latent_BTC, k_rope_BTR = torch.split(kv_BTc, [self.latent, self.rope], dim=-1)
         kv_BTHo = self.kv_b_proj(self.kv_a_layernorm(latent_BTC)).unflatten(-1, (self.heads, -1))
         q_BTHd = q_BTQ.unflatten(-1, (self.heads, -1))
         q_BTHd, k_BTHd, v_BTHv = self.expand_heads(q_BTHd, kv_BTHo, k_rope_BTR, *rope)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
+from ziphius.kernels.select import Kernels
 from ziphius.model.layers import Device
 from ziphius.model.precision import Precision
 
@@ -58,8 +59,11 @@ class Router(nn.Module):
 
     e_score_correction_bias: Tensor
 
-    def __init__(self, config: ModelConfig, precision: Precision, device: Device) -> None:
+    def __init__(
+        self, config: ModelConfig, precision: Precision, kernels: Kernels, device: Device
+    ) -> None:
         super().__init__()
+        self.choose = kernels.function("choose") or choose
         E, D = config.n_routed_experts, config.hidden_size
         self.top_k = config.num_experts_per_tok
         self.n_group, self.topk_group = config.n_group, config.topk_group
@@ -80,7 +84,7 @@ class Router(nn.Module):
         scores_NE = F.linear(self.widen(u_ND), self.weight.to(self.dtype)).sigmoid()
         if chosen_NK is None:
             with torch.no_grad():
-                chosen_NK = choose(
+                chosen_NK = self.choose(
                     scores_NE,
                     self.e_score_correction_bias,
                     self.top_k,

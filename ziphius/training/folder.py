@@ -40,8 +40,10 @@ _RECIPE, _LOCK = "recipe.toml", ".lock"
 # What may change when a run goes on: it says how often something is written, not what.
 _FREE_KEYS = frozenset(
     f"run.{name}"
-    for name in ("checkpoint_every", "keep_checkpoints", "validate_every", "tensorboard")
+    for name in ("checkpoint_every", "keep_checkpoints", "validate_every", "tensorboard", "cache")
 )
+# Settings that a recipe may leave to the machine, and how it says so.
+_LEFT_OPEN = {"threads": 0, "kernels": "auto", "products": "auto"}
 
 
 class RunFolder:
@@ -91,15 +93,18 @@ class RunFolder:
     def agreed(self, recipe: Recipe) -> Recipe:
         """Return the recipe with which the run here goes on, or begins.
 
-        Threads that ``recipe`` leaves open are those of the run. Raises BadInput that names every
-        setting which differs from the run's.
+        What ``recipe`` leaves open (threads, kernels, products) is as the run has it. Raises
+        BadInput that names every setting which differs from the run's.
         """
         if not self.resume or not _is_run(self.path):
             return recipe
         begun = load_recipe(str(self.path / _RECIPE))
-        if not recipe.run.threads:
-            run = recipe.run.model_copy(update={"threads": begun.run.threads})
-            recipe = recipe.model_copy(update={"run": run})
+        left = {
+            name: getattr(begun.run, name)
+            for name, open_value in _LEFT_OPEN.items()
+            if getattr(recipe.run, name) == open_value
+        }
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=left)})
         if changes := [key for key in changed_keys(begun, recipe) if key not in _FREE_KEYS]:
             raise BadInput(
                 f"--resume {self.path}: the recipe differs from the run's in "

@@ -19,8 +19,10 @@ class Lines:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one line. Raises OSError for a full disk."""
+        line = (json.dumps(record) + "\n").encode()
         with self.path.open("ab", buffering=0) as file:
-            file.write((json.dumps(record) + "\n").encode())
+            while line:  # a disk that fills up takes a part, and refuses the rest
+                line = line[file.write(line) :]
 
     def size(self) -> int:
         """Return the file's size after it has reached the disk."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ziphius.config.errors import BadInput
 from ziphius.config.recipe import Recipe
+from ziphius.kernels.select import Kernels, compiled_kernels, has_compiler, widening_pays
 from ziphius.model.init import initialise
 from ziphius.model.precision import DTYPES, Precision
 from ziphius.model.transformer import Transformer
@@ -37,7 +39,7 @@ class Trained:
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Write down what a recipe leaves to the machine: the number of threads.
+    """Write down what a recipe leaves to the machine: threads, kernels, and products.
 
     Raises BadInput for a precision or a device that cannot be had.
     """
@@ -47,14 +49,38 @@ def resolve(recipe: Recipe) -> Recipe:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         first_line = str(error).splitlines()[0]
         raise BadInput(f"run.device = '{recipe.run.device}': {first_line}") from None
-    threads = recipe.run.threads or usable_threads()
-    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"threads": threads})})
+    run = recipe.run
+    on_processor = torch.device(run.device).type == "cpu"
+    chosen = {
+        "threads": run.threads or usable_threads(),
+        "kernels": run.kernels,
+        "products": run.products,
+    }
+    if run.kernels == "auto":
+        chosen["kernels"] = "compiled" if on_processor and has_compiler() else "torch"
+    if run.products == "auto":
+        in_bf16 = on_processor and recipe.precision.compute == "bfloat16"
+        chosen["products"] = "widened" if in_bf16 and widening_pays() else "native"
+    return recipe.model_copy(update={"run": run.model_copy(update=chosen)})
+
+
+def kernels_of(recipe: Recipe) -> Kernels:
+    """Return the kernels of a resolved recipe, compiled first if they have to be.
+
+    Raises BadInput when they cannot be compiled.
+    """
+    run = recipe.run
+    if run.kernels == "compiled":
+        return compiled_kernels(Path(run.cache).expanduser(), run.products)
+    return Kernels(linear=run.products)
 
 
 def build_model(recipe: Recipe) -> Transformer:
     """Lay out and initialise the recipe's network with master weights for training."""
     precision = Precision.for_training(DTYPES[recipe.precision.compute])
-    model = Transformer(recipe.model, precision, device=recipe.run.device)
+    model = Transformer(
+        recipe.model, precision, kernels=kernels_of(recipe), device=recipe.run.device
+    )
     initialise(model, recipe.run.seed)
     apply_recompute(model, recipe.parallel.recompute)
     return model
@@ -98,7 +124,7 @@ def _begin(recipe: Recipe, text: Text) -> TrainingState:
     decay = recipe.pretrain.ema_decay
     return TrainingState(
         model=model,
-        optimizer=AdamW(model.parameters(), recipe.pretrain),
+        optimizer=AdamW(model.parameters(), recipe.pretrain, model.kernels),
         average=WeightAverage(model, decay) if decay else None,
         loader=text.loader,
         guard=Guard(recipe.guard),

@@ -63,7 +63,8 @@ void multiply(H* c, int64_t c_row, const H* a, int64_t a_row, int64_t a_column, 
 
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
-// Zeroed aligned memory for one head, given out in pieces.
+// A thread's aligned memory for one head after the other, given out in the same pieces each time:
+// what a head does not write, the padding, stays zero.
 template <class H> struct Memory {
     H* base;
     int64_t used = 0;
@@ -72,6 +73,7 @@ template <class H> struct Memory {
         std::fill(base, base + count, H(0));
     }
     ~Memory() { std::free(base); }
+    Memory(const Memory&) = delete;
     H* take(int64_t count) { return base + (used += count) - count; }
 };
 
@@ -135,12 +137,12 @@ void weights(H* scores, const H* offset, const int64_t* documents, int64_t lengt
 }
 
 template <class T>
-void forward_head(const T* q, int64_t q_row, const T* k, int64_t k_row, const T* v, int64_t v_row,
+void forward_head(Memory<wide<T>>& memory, const T* q, int64_t q_row, const T* k, int64_t k_row, const T* v, int64_t v_row,
                   const int64_t* documents, T* out, int64_t out_row, wide<T>* log_sums, Shape s,
                   wide<T> scale) {
     using H = wide<T>;
     int64_t width = round_up(s.width, LANES<H>), value = round_up(s.value, LANES<H>);
-    Memory<H> memory(s.padded * (2 * width + value) + BLOCK * (width + BLOCK + value + 2));
+    memory.used = 0;
     H *keys = memory.take(s.padded * width), *keys_turned = memory.take(s.padded * width);
     H *values = memory.take(s.padded * value), *queries = memory.take(BLOCK * width);
     H *scores = memory.take(BLOCK * BLOCK), *sums = memory.take(BLOCK * value);
@@ -185,14 +187,13 @@ void forward_head(const T* q, int64_t q_row, const T* k, int64_t k_row, const T*
 }
 
 template <class T>
-void backward_head(const T* q, int64_t q_row, const T* k, int64_t k_row, const T* v, int64_t v_row,
+void backward_head(Memory<wide<T>>& memory, const T* q, int64_t q_row, const T* k, int64_t k_row, const T* v, int64_t v_row,
                    const T* out, int64_t out_row, const T* dout, int64_t dout_row,
                    const int64_t* documents, const wide<T>* log_sums, T* dq, int64_t dq_row, T* dk,
                    int64_t dk_row, T* dv, int64_t dv_row, Shape s, wide<T> scale) {
     using H = wide<T>;
     int64_t width = round_up(s.width, LANES<H>), value = round_up(s.value, LANES<H>);
-    Memory<H> memory(s.padded * (5 * width + 3 * value + 2) + BLOCK * 2 * BLOCK +
-                     BLOCK * value);
+    memory.used = 0;
     H *queries = memory.take(s.padded * width), *keys = memory.take(s.padded * width);
     H *keys_turned = memory.take(s.padded * width), *values_turned = memory.take(s.padded * value);
     H *values = memory.take(s.padded * value), *douts = memory.take(s.padded * value);
@@ -200,6 +201,8 @@ void backward_head(const T* q, int64_t q_row, const T* k, int64_t k_row, const T
     H *offsets = memory.take(s.padded), *deltas = memory.take(s.padded);
     H *p = memory.take(BLOCK * BLOCK), *ds = memory.take(BLOCK * BLOCK);
     H* dvalues = memory.take(BLOCK * value);
+    std::fill(dqueries, dqueries + s.padded * width, H(0));
+    std::fill(dkeys, dkeys + s.padded * width, H(0));
     rows_in(queries, width, q, q_row, s.length, s.width, scale);
     rows_in(keys, width, k, k_row, s.length, s.width, H(1));
     rows_in(values, value, v, v_row, s.length, s.value, H(1));
@@ -243,13 +246,18 @@ template <class T>
 void forward(const T* q, const T* k, const T* v, const int64_t* strides, const int64_t* documents,
              T* out, wide<T>* log_sums, Shape s, double scale, int64_t threads) {
     Strides sq{strides}, sk{strides + 3}, sv{strides + 6}, so{strides + 9};
-#pragma omp parallel for num_threads(threads) schedule(static)
+    int64_t width = round_up(s.width, LANES<wide<T>>), value = round_up(s.value, LANES<wide<T>>);
+#pragma omp parallel num_threads(threads)
+    {
+    Memory<wide<T>> memory(s.padded * (2 * width + value) + BLOCK * (width + BLOCK + value + 2));
+#pragma omp for schedule(static)
     for (int64_t head = 0; head < s.batch * s.heads; head++) {
         int64_t b = head / s.heads, h = head % s.heads;
-        forward_head(q + sq.at(b, h, 0), sq.s[2], k + sk.at(b, h, 0), sk.s[2], v + sv.at(b, h, 0),
+        forward_head(memory, q + sq.at(b, h, 0), sq.s[2], k + sk.at(b, h, 0), sk.s[2], v + sv.at(b, h, 0),
                      sv.s[2], documents ? documents + b * s.length : nullptr,
                      out + so.at(b, h, 0), so.s[2], log_sums + head * s.length, s,
                      wide<T>(scale));
+    }
     }
 }
 
@@ -259,16 +267,22 @@ void backward(const T* q, const T* k, const T* v, const T* out, const T* dout,
               T* dk, T* dv, Shape s, double scale, int64_t threads) {
     Strides sq{strides}, sk{strides + 3}, sv{strides + 6}, so{strides + 9}, sd{strides + 12};
     Strides gq{strides + 15}, gk{strides + 18}, gv{strides + 21};
-#pragma omp parallel for num_threads(threads) schedule(static)
+    int64_t width = round_up(s.width, LANES<wide<T>>), value = round_up(s.value, LANES<wide<T>>);
+#pragma omp parallel num_threads(threads)
+    {
+    Memory<wide<T>> memory(s.padded * (5 * width + 3 * value + 2) +
+                           BLOCK * (2 * BLOCK + value));
+#pragma omp for schedule(static)
     for (int64_t head = 0; head < s.batch * s.heads; head++) {
         int64_t b = head / s.heads, h = head % s.heads;
-        backward_head(q + sq.at(b, h, 0), sq.s[2], k + sk.at(b, h, 0), sk.s[2],
+        backward_head(memory, q + sq.at(b, h, 0), sq.s[2], k + sk.at(b, h, 0), sk.s[2],
                       v + sv.at(b, h, 0), sv.s[2], out + so.at(b, h, 0), so.s[2],
                       dout + sd.at(b, h, 0), sd.s[2],
                       documents ? documents + b * s.length : nullptr,
                       log_sums + head * s.length, dq + gq.at(b, h, 0), gq.s[2],
                       dk + gk.at(b, h, 0), gk.s[2], dv + gv.at(b, h, 0), gv.s[2], s,
                       wide<T>(scale));
+    }
     }
 }
 

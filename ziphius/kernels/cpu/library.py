@@ -29,6 +29,7 @@ SIGNATURES = {
     "adamw": "nnppppnddddddn",
     "attention_forward": "npppppppnnnnndn",
     "attention_backward": "npppppppppppnnnnndn",
+    "choose": "npppnnnnnn",
     "cross_entropy": "npppnnn",
     "expand_forward": "npppnpppppnnnnnnn",
     "expand_backward": "nppppppppnnnnnnn",

@@ -1,0 +1,128 @@
+"""The command line in processes of its own, without waiting for what it imports."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.training.support import metrics
+from ziphius.cli.app import run
+
+# Imported once, by the process whose forks the commands are.
+_PRELOADED = (
+    *("torch", "ziphius.training.run", "ziphius.report.page", "ziphius.inference.writer"),
+    *("rich.progress", "rich.syntax", "rich.table", "rich.panel", "typer.main", __name__),
+)
+
+Patch = Callable[[], None]
+
+
+class Command:
+    """``ziphius ARGUMENTS`` in a process of its own, its output in files.
+
+    ``patch`` is called in the process before the command; it must be a function of a module.
+    ``output`` is a descriptor that takes the place of the file of standard output.
+    """
+
+    def __init__(
+        self, *arguments: str, logs: Path, patch: Patch | None = None, output: int | None = None
+    ) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        number = len(list(logs.iterdir())) // 2
+        self._out, self._err = logs / f"{number}.out", logs / f"{number}.err"
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(_PRELOADED))
+        given = (output,) if output is None else (_Sent(output),)
+        self.process = context.Process(
+            target=_command, args=(arguments, self._out, self._err, patch, *given), daemon=True
+        )
+        self.process.start()
+
+    def code(self) -> int:
+        """Wait for its end; return its exit code, or minus the signal that killed it."""
+        self.process.join(120)
+        assert self.process.exitcode is not None, f"it hangs: {self.shown()}"
+        return self.process.exitcode
+
+    def signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        assert self.process.exitcode is None, f"it ended by itself: {self.error()}"
+        os.kill(self.process.pid, number)
+
+    def shown(self) -> str:
+        return self._out.read_text("utf-8")
+
+    def error(self) -> str:
+        return self._err.read_text("utf-8")
+
+    def line(self, code: int) -> str:
+        """Wait for its end with ``code`` and one line of error; return the line."""
+        assert self.code() == code, self.error()
+        lines = self.error().strip("\n").split("\n")
+        assert len(lines) == 1, self.error()
+        return lines[0]
+
+    def until(self, reached: Callable[[], object]) -> None:
+        """Wait until something is true of the running command."""
+        deadline = time.monotonic() + 120
+        while not reached():
+            assert self.process.is_alive(), f"it ended by itself: {self.error()}"
+            assert time.monotonic() < deadline, f"it never came: {self.shown()}"
+            time.sleep(0.005)
+
+    def until_step(self, out: Path, step: int) -> None:
+        """Wait until a run has written the metrics of ``step``."""
+        path = out / "metrics.jsonl"
+        self.until(lambda: path.is_file() and len(metrics(out)) >= step)
+
+
+class _Sent:
+    """A descriptor on its way into another process."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __reduce__(self) -> Any:
+        from multiprocessing.reduction import DupFd
+
+        return _received, (DupFd(self.descriptor),)
+
+
+def _received(sent: Any) -> int:
+    descriptor: int = sent.detach()
+    return descriptor
+
+
+def _command(
+    arguments: tuple[str, ...], out: Path, err: Path, patch: Patch | None, output: int | None
+) -> None:
+    import torch
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT) if output is None else output, 1)
+    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
+    sys.argv = ["ziphius", *arguments]
+    torch.set_num_threads(1)
+    if patch is not None:
+        patch()
+    run()
+
+
+def flags(values: list[str]) -> list[str]:
+    """Return settings as arguments."""
+    return [part for value in values for part in ("--set", value)]
+
+
+def advised(line: str) -> list[str]:
+    """Return the arguments of the command that a line of error ends with."""
+    _, _, command = line.partition("go on with: ")
+    program, *arguments = shlex.split(command)
+    assert program.endswith("ziphius"), line
+    return arguments
