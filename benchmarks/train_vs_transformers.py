@@ -70,6 +70,7 @@ ATTENTIONS = ("eager", "sdpa")
 OPTIMIZERS = ("fused", "foreach")
 AGREEMENT = 0.02  # of the losses, relative: BF16 in two orders of summing
 STEPS_COMPARED = 5
+GRID_STEPS_COMPARED = 2
 GRID_EXPERTS = (8, 16, 32, 64, 128)
 GRID_LENGTHS = (512, 1024, 2048, 4096, 8192)
 
@@ -204,10 +205,16 @@ def step_gflop(job: Job) -> float:
     return (6 * active * job.tokens + 6 * widths * scores) / 1e9
 
 
-def compare(job: Job, combination: tuple[str, str, str], cache: Path, rounds: int) -> Any:
+def compare(
+    job: Job,
+    combination: tuple[str, str, str],
+    cache: Path,
+    rounds: int,
+    steps_compared: int = STEPS_COMPARED,
+) -> dict[str, Any]:
     """Run both in turn; return the figures of one comparison."""
     (ours, kernels), theirs = ziphius_step(job, cache), transformers_step(job, *combination)
-    losses = [(ours(), theirs()) for _ in range(STEPS_COMPARED)]
+    losses = [(ours(), theirs()) for _ in range(steps_compared)]
     apart = max(abs(z / t - 1) for z, t in losses)
     if apart > AGREEMENT:
         sys.exit(f"the losses are {apart:.1%} apart, which is no comparison: {losses}")
@@ -231,13 +238,14 @@ def grid(
 ) -> dict[str, list[dict[str, Any]]]:
     """Compare over the number of experts, and over lengths at the same tokens a step."""
     rows: dict[str, list[dict[str, Any]]] = {"experts": [], "length": []}
+    how = (combination, cache, rounds, GRID_STEPS_COMPARED)
     for n in GRID_EXPERTS:
         small = job("bfloat16", n_routed_experts=n)
-        rows["experts"].append({"experts": n, **compare(small, combination, cache, rounds)})
+        rows["experts"].append({"experts": n, **compare(small, *how)})
     for length in GRID_LENGTHS:
         batch = max(1, 8192 // length)
         long = job("bfloat16", batch=batch, length=length)
-        rows["length"].append({"length": length, **compare(long, combination, cache, rounds)})
+        rows["length"].append({"length": length, **compare(long, *how)})
     return rows
 
 

@@ -66,3 +66,16 @@ def test_without_ray_its_command_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(BadInput, match=r'pip install "ziphius\[ray\]"'):
         RayEngine()
+
+
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(**options: object) -> None:
+        raise ConnectionError(f"Could not reach {options['address']}\nand more")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    message = "no cluster to use at nowhere:1: Could not reach nowhere:1: start it"
+    with pytest.raises(BadInput, match=message), RayEngine(1, "nowhere:1"):
+        pass

@@ -86,7 +86,14 @@ class RayEngine:
     def _start(self) -> None:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self.address is not None:
-            self._ray.init(address=self.address, **quiet)
+            try:
+                self._ray.init(address=self.address, **quiet)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                reason = (str(error).splitlines() or [""])[0]
+                raise BadInput(
+                    f"--engine ray: no cluster to use at {self.address}: {reason}: start it, or "
+                    "unset RAY_ADDRESS"
+                ) from error
             return
         # A Ray of our own sends no usage statistics: only `ray start` and nightly builds do.
         self._ray.init(
