@@ -63,8 +63,8 @@ NETWORK: dict[str, Any] = {
     "topk_group": 2,
     "routed_scaling_factor": 2.5,
 }
-# batched_mm gathers a weight matrix for every row: 12 GB at this size. deepgemm and sonicmoe are
-# for CUDA.
+# batched_mm gathers a weight matrix for every row, 6 GB a layer in FP32 and kept for backward: more
+# than the memory of these machines. deepgemm and sonicmoe are for CUDA.
 EXPERTS = ("eager", "grouped_mm")
 ATTENTIONS = ("eager", "sdpa")
 OPTIMIZERS = ("fused", "foreach")

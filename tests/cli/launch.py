@@ -37,6 +37,8 @@ class Command:
         logs.mkdir(parents=True, exist_ok=True)
         number = len(list(logs.iterdir())) // 2
         self._out, self._err = logs / f"{number}.out", logs / f"{number}.err"
+        self._out.touch()
+        self._err.touch()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(_PRELOADED))
         given = (output,) if output is None else (_Sent(output),)

@@ -147,7 +147,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
     assert "unknown key 'pretrain.learning_rat'; did you mean 'learning_rate'?" in inside
     nested = refusal(source, "model.rope_scaling.faktor=4")
     assert "unknown key 'model.rope_scaling.faktor'; did you mean 'factor'?" in nested
-    assert "known: device, seed" in refusal(source, "run.zzzzzz=1")
+    assert "known: cache, checkpoint_every, device" in refusal(source, "run.zzzzzz=1")
 
 
 def test_nearest_lists_the_choices_when_none_is_near() -> None:
