@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
-import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -256,12 +255,8 @@ def test_a_signal_while_output_waits_for_its_reader_saves(words: Path, tmp_path:
     ours, theirs = os.pipe()
     begun = ["pretrain", "tiny", "--out", str(out), *flags(overrides(words, *STEPS))]
     command = Command(*begun, logs=tmp_path / "logs", patch=long_line, output=theirs)
+    command.until(lambda: not select.select([], [theirs], [], 0)[1])
     os.close(theirs)
-
-    def is_full() -> bool:
-        return int.from_bytes(fcntl.ioctl(ours, termios.FIONREAD, bytes(4)), "little") >= 2**16
-
-    command.until(is_full)
     command.signal(signal.SIGINT)
     with ThreadPoolExecutor() as pool:
         pool.submit(drain, ours)

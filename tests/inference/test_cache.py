@@ -92,7 +92,7 @@ def test_positions_of_an_interrupted_forward_are_forgotten(
     cache = LatentCache(model, batch=1, capacity=8)
     model(tokens_BT[:, :4], cache)
     with monkeypatch.context() as patch:
-        patch.setattr(model.layers[2], "attend", lambda *_: (_ for _ in ()).throw(OSError))
+        patch.setattr(model.layers[2], "attend", lambda *_, **__: (_ for _ in ()).throw(OSError))
         with pytest.raises(OSError):  # noqa: PT011
             model(tokens_BT[:, 4:6], cache)
     assert cache.length == 4

@@ -219,7 +219,7 @@ def test_other_text_is_refused(text: Path, tmp_path: Path) -> None:
     broken_off(mine, out, 5)
     (mine / "alpha" / "m0.py").write_text("something else\n" * 50, "utf-8")
     checkpoints = sorted(p.name for p in (out / "stages" / "pretrain").iterdir())
-    with pytest.raises(BadInput, match="loader state: .*text.* differs from this run's"):
+    with pytest.raises(BadInput, match=r"loader state: .*text.* differs from this run's"):
         resumed(mine, out)
     assert sorted(p.name for p in (out / "stages" / "pretrain").iterdir()) == checkpoints
 

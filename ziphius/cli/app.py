@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated, NoReturn
 
 import typer
@@ -99,5 +100,6 @@ def _told(error: Exception) -> tuple[str, int]:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    typer.echo(" ".join(message.split()), err=True)
+    with suppress(OSError):  # whoever read it is gone
+        typer.echo(" ".join(message.splitlines()), err=True)
     raise SystemExit(code) from None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,13 +26,17 @@ def program() -> str:
     called = sys.argv[0]
     if shutil.which("ziphius"):
         return "ziphius"
-    return "python -m ziphius" if called.endswith("__main__.py") else called
+    if not called.endswith("__main__.py"):
+        return called
+    python = "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)
+    return f"{python} -m ziphius"
 
 
 class Display:
     """Follows a run on the terminal: phases as lines, training as one moving line.
 
-    Leaving its ``with`` block gives the terminal back, whatever happened inside.
+    Leaving its ``with`` block gives the terminal back, whatever happened inside. A run does not end
+    because nobody can see it any more: a terminal or a pipe that is gone is ignored from then on.
     """
 
     def __enter__(self) -> Display:
@@ -44,6 +51,7 @@ class Display:
         self._close()
 
     def __init__(self, console: Console) -> None:
+        console.file = cast("IO[str]", _Lasting(console.file))
         self.console = console
         self._began = time.monotonic()
         self._bar: Progress | None = None
@@ -111,3 +119,36 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class _Lasting:
+    """A text file whose failures nobody hears of."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        """Write, if that is possible."""
+        try:
+            return self._file.write(text)
+        except RuntimeError:  # a signal came while the file was being written: not now
+            return len(text)
+        except OSError:
+            return self._end(text)
+
+    def flush(self) -> None:
+        """Write what is buffered, if that is possible."""
+        with suppress(RuntimeError):
+            try:
+                self._file.flush()
+            except OSError:
+                self._end()
+
+    def _end(self, text: str = "") -> int:
+        """Send the rest nowhere: what is buffered would fail again at the end of the process."""
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
+        return len(text)

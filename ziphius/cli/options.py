@@ -24,6 +24,8 @@ Overrides = Annotated[
 WithoutMTP = Annotated[
     bool, typer.Option("--without-mtp", help="Leave multi-token prediction modules out.")
 ]
+
+
 def length(steps: int | None = None, *, tokens: int | None = None) -> list[str]:
     """Return the overrides that give a run its length: in steps of a constant batch, or tokens."""
     if steps is not None:

@@ -87,8 +87,11 @@ def dump_recipe(recipe: Recipe) -> str:
 def changed_keys(first: Recipe, second: Recipe) -> list[str]:
     """List every ``table.key`` in which two recipes differ, sorted."""
     one, other = (
-        {f"{table}.{key}": value for table, fields in recipe.model_dump().items()
-         for key, value in fields.items()}
+        {
+            f"{table}.{key}": value
+            for table, fields in recipe.model_dump().items()
+            for key, value in fields.items()
+        }
         for recipe in (first, second)
     )
     return sorted(key for key in one if one[key] != other[key])

@@ -105,9 +105,9 @@ def _compile(arguments: Sequence[str]) -> bytes:
         run = subprocess.run([COMPILER, *arguments], capture_output=True)
     except OSError as error:
         raise BadInput(
-            f"compiled kernels: {COMPILER}: {error.strerror}: install it or choose other kernels"
+            f"compiled kernels: {COMPILER}: {error.strerror}: install it, or set run.kernels=torch"
         ) from None
     if run.returncode:
         lines = run.stderr.decode("utf-8", "replace").splitlines() or ["no message"]
-        raise BadInput(f"compiled kernels: {COMPILER} failed: {lines[0]}")
+        raise BadInput(f"compiled kernels: {COMPILER}: {lines[0]}: set run.kernels=torch")
     return run.stdout
