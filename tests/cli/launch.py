@@ -110,6 +110,7 @@ def _command(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT) if output is None else output, 1)
     os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # buffered, whatever the environment says
     sys.argv = ["ziphius", *arguments]
     torch.set_num_threads(1)
     if patch is not None:

@@ -236,7 +236,7 @@ def test_a_reader_that_ctrl_c_ends_too_does_not_keep_a_run_from_saving(
     assert re.fullmatch(SAVED, command.line(130))
 
 
-def long_line() -> None:
+def many_lines() -> None:
     """Let the run write more than a pipe holds."""
     quick()
     plain = display.Display.step
@@ -244,7 +244,8 @@ def long_line() -> None:
     def step(self: display.Display, record: dict[str, Any], steps: int) -> None:
         plain(self, record, steps)
         if record["step"] == 3:
-            self.say("x" * 2**17)
+            for _ in range(200):
+                self.say("x" * 1000)
 
     display.Display.step = step  # type: ignore[method-assign]
 
@@ -254,8 +255,9 @@ def test_a_signal_while_output_waits_for_its_reader_saves(words: Path, tmp_path:
     out = tmp_path / "run"
     ours, theirs = os.pipe()
     begun = ["pretrain", "tiny", "--out", str(out), *flags(overrides(words, *STEPS))]
-    command = Command(*begun, logs=tmp_path / "logs", patch=long_line, output=theirs)
+    command = Command(*begun, logs=tmp_path / "logs", patch=many_lines, output=theirs)
     command.until(lambda: not select.select([], [theirs], [], 0)[1])
+    time.sleep(0.3)  # until it waits in the middle of a line
     os.close(theirs)
     command.signal(signal.SIGINT)
     with ThreadPoolExecutor() as pool:

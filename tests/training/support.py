@@ -9,7 +9,9 @@ from typing import Any
 
 from ziphius.config.recipe import Recipe, load_recipe
 
+# Whatever the preset says about the length of a run, these runs are as long as they say.
 SMALL = (
+    *("pretrain.tokens=null", "pretrain.batch_size_start=null"),
     *(f"{table}.vocab_size=300" for table in ("model", "tokenizer")),
     *("model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2"),
     *("model.q_lora_rank=16", "model.kv_lora_rank=16", "model.qk_nope_head_dim=8"),

@@ -27,8 +27,8 @@ SMALL = (
     *("model.qk_rope_head_dim=4", "model.v_head_dim=12", "model.n_routed_experts=8"),
     *("model.num_experts_per_tok=2", "model.moe_intermediate_size=16"),
     *("pretrain.micro_batch_size=2", "pretrain.sequence_length=32", "pretrain.batch_size=4"),
-    *("pretrain.ema_decay=0.9", "run.threads=1", "run.checkpoint_every=2"),
-    *("run.validate_bytes=600", "run.validate_every=3"),
+    *("pretrain.tokens=null", "pretrain.ema_decay=0.9", "run.threads=1"),
+    *("run.checkpoint_every=2", "run.validate_bytes=600", "run.validate_every=3"),
 )
 # What a clock says is not part of the promise.
 _CLOCK = ("seconds", "tokens_per_s", "mfu")

@@ -36,7 +36,7 @@ def quickstart(
     ] = Path("runs/quickstart"),
     minutes: Annotated[
         float, typer.Option(min=0.01, help="How long to train; it decides the number of steps.")
-    ] = 4.5,
+    ] = 6.5,
     steps: Annotated[int | None, typer.Option(min=2, help="Steps, in place of minutes.")] = None,
     overrides: options.Overrides = None,
 ) -> None:

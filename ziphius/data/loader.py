@@ -95,7 +95,7 @@ class Loader:
         Raises BadInput for more rows than an epoch has, and whatever kept a window from being
         made; the loader is then where it was.
         """
-        self._require_rows(batch_size)
+        self.require_rows(batch_size)
         shape = (batch_size, self.sequence_length + 1)
         tokens_BS, documents_BS = np.empty(shape, np.int64), np.empty(shape, np.int32)
         number, row, done = self._window, self._row, 0
@@ -148,7 +148,8 @@ class Loader:
         """End the threads. What is asked for afterwards is made by the caller."""
         self._windows.close()
 
-    def _require_rows(self, batch_size: int) -> None:
+    def require_rows(self, batch_size: int) -> None:
+        """Raise BadInput when an epoch has fewer rows than a batch."""
         row = self.sequence_length + 1
         if batch_size * row <= self.tokens_per_epoch:
             return

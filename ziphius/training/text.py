@@ -110,12 +110,16 @@ def _require_room(tokenizer: Tokenizer, recipe: Recipe) -> None:
 def _loader(
     recipe: Recipe, sources: Sequence[tuple[Tokens, float]], tokenizer: Tokenizer
 ) -> Loader:
-    return Loader(
+    config = recipe.pretrain
+    loader = Loader(
         sources,
         tokenizer,
-        sequence_length=recipe.pretrain.sequence_length,
+        sequence_length=config.sequence_length,
         seed=recipe.run.seed,
         fim_rate=recipe.data.fim_rate,
         token_split_rate=recipe.data.token_split_rate,
         workers=recipe.data.workers,
     )
+    # Now, not when a batch that grows has outgrown the text.
+    loader.require_rows(max(config.batch_size, config.batch_size_start or 0))
+    return loader
