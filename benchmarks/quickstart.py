@@ -20,7 +20,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=6.5, help="minutes of training")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="the run's folder")
     parser.add_argument("--record", action="store_true", help="keep the result in results/")
+    parser.add_argument("--run", type=Path, help="record this run, which 'make run' has left")
     options = parser.parse_args()
+    if options.run:
+        summary = json.loads((options.run / "summary.json").read_text("utf-8"))
+        report("quickstart", summary, record=options.record)
+        return
     command = [sys.executable, "-m", "ziphius", "quickstart", "--out", str(options.out)]
     began = time.perf_counter()
     subprocess.run([*command, "--minutes", str(options.minutes)], check=True)

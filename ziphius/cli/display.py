@@ -74,14 +74,16 @@ class Display:
             shown = f"skipped: {record['skipped']}"
         else:
             shown = (
-                f"loss {record['loss']:.3f}  {record['bpb']:.2f} bits/byte  "
+                f"loss {record['loss']:.3f}  {record['bpb']:.2f} bpb  "
                 f"{record['tokens_per_s']:,.0f} tokens/s  MFU {record['mfu']:.0%}"
             )
         shown += f"  {self._left(steps)} left"
         if self.console.is_terminal:
             self._move(record["step"], steps, shown)
         elif self._is_due(record["step"], steps, now):
-            self.console.print(f"          step {record['step']}/{steps}  {shown}", highlight=False)
+            self.console.print(
+                f"          step {record['step']}/{steps}  {shown}", highlight=False, soft_wrap=True
+            )
 
     def _left(self, steps: int) -> str:
         """Estimate the time to the last step from the latest ones, as 1:23:45 or 2:05."""
@@ -97,8 +99,8 @@ class Display:
     def _move(self, step: int, steps: int, shown: str) -> None:
         if self._bar is None:
             self._bar = Progress(
-                TextColumn("          step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(bar_width=24),
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=8),
                 TextColumn("{task.description}"),
                 console=self.console,
             )
