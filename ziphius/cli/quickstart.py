@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ziphius.training.run import Trained
     from ziphius.training.text import Text
 
-# Steps that are timed, after one that is not, to see how many fit into the minutes.
-_TIMED_STEPS = 3
+# Steps that are timed, after some that are not, to see how many fit into the minutes.
+_UNTIMED_STEPS, _TIMED_STEPS = 4, 16
 _FEWEST_STEPS = 20
 # Where the machine turns out slower than it was timed, training ends after this many times the
 # minutes that were asked for.
@@ -85,6 +85,7 @@ def quickstart(
 
 def _tokens_that_fit(recipe: Recipe, text: Text, minutes: float, display: Display) -> int:
     """Time some steps of a throw-away model; return the tokens that fit, at most the preset's."""
+    import statistics
     import time
 
     import torch
@@ -101,14 +102,14 @@ def _tokens_that_fit(recipe: Recipe, text: Text, minutes: float, display: Displa
     optimizer = AdamW(model.parameters(), config, model.kernels)
     state, settings = text.loader.state(), settings_at(config, 1, config.total_tokens)
     seconds = []
-    for _ in range(1 + _TIMED_STEPS):
+    for _ in range(_UNTIMED_STEPS + _TIMED_STEPS):
         began = time.perf_counter()
         batch = text.loader.next_batch(settings.batch_size).to(recipe.run.device)
         train_step(model, optimizer, batch, config, settings)
         seconds.append(time.perf_counter() - began)
     text.loader.load_state(state)
     step_tokens = settings.batch_size * config.sequence_length
-    fitting = int(60 * minutes * _TIMED_STEPS / sum(seconds[1:]))
+    fitting = int(60 * minutes / statistics.median(seconds[_UNTIMED_STEPS:]))
     return min(config.total_tokens, step_tokens * max(_FEWEST_STEPS, fitting))
 
 
