@@ -46,7 +46,7 @@ def train(out: Path, text: Path, values: tuple[str, ...], *, lines: int = 0, ask
 
     Returns whether the run ended.
     """
-    written = asked = 0
+    written = 0
 
     def on_step(step: int) -> None:
         nonlocal written
@@ -109,12 +109,93 @@ def test_any_interruptions_of_any_run_change_nothing(
     )
     out = tmp_path_factory.mktemp("run") / "run"
     for lines, is_asked in attempts:
-        train(
-            *(out, text, (*values, f"data.workers={workers}")),
-            **({"ask": lines} if is_asked else {"lines": lines}),
-        )
-        if is_asked:  # a step that is saved because of a signal
-            (record := metrics(out)[-1])
-    assert train(out, text, (*values, f"data.workers={workers}"))
-    assert_same_run(out, whole_runs(values), same_steps=not any(asked for _, asked in attempts))
+        stop = {"ask" if is_asked else "lines": lines}
+        train(out, text, (*values, f"data.workers={workers}"), **stop)
+    assert train(out, text, values)
+    # A signal saves steps that are saved in no other run.
+    same_steps = not any(is_asked for _, is_asked in attempts)
+    assert_same_run(out, whole_runs(values), same_steps=same_steps)
     shutil.rmtree(out)
+
+
+# Everything at once
+
+EVERYTHING = (
+    *("pretrain.steps=null", "pretrain.tokens=1600", "pretrain.micro_batch_size=2"),
+    *("pretrain.batch_size_start=2", "pretrain.batch_ramp_end=60%", "pretrain.batch_size=6"),
+    *("pretrain.warmup_steps=2", "pretrain.decay_start=30%", "pretrain.decay_end=80%"),
+    *("pretrain.last_learning_rate=1e-5", "pretrain.last_start=90%"),
+    *("pretrain.bias_update_stop=50%", "pretrain.mtp_loss_weight_late=0.1"),
+    *("pretrain.mtp_loss_weight_change=40%", "pretrain.balance_loss_choices=real"),
+    *("data.document_mask=true", "data.fim_rate=0.5", "data.token_split_rate=0.5"),
+    *("data.workers=2", "run.tensorboard=true", "run.checkpoint_every=3", "run.validate_every=4"),
+)
+
+
+def test_a_run_of_every_part_goes_on_from_anywhere(
+    text: Path, whole_runs: Callable[[tuple[str, ...]], Path], tmp_path: Path
+) -> None:
+    whole = whole_runs(EVERYTHING)
+    records = metrics(whole)
+    for name in ("batch_size", "lr", "gamma", "mtp_weight"):
+        assert len({record[name] for record in records}) > 1, f"{name} never changes"
+    for lines in range(1, len(records) + 1):
+        out = tmp_path / str(lines)
+        train(out, text, EVERYTHING, lines=lines)
+        assert train(out, text, EVERYTHING)
+        assert_same_run(out, whole)
+        shown = shown_by_tensorboard(out)
+        assert [step for step, _ in shown] == [record["step"] for record in records]
+        losses = [record["loss"] for record in records]
+        assert [loss for _, loss in shown] == pytest.approx(losses, rel=1e-6)  # they are float32
+
+
+def shown_by_tensorboard(out: Path) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(out / "tensorboard"))
+    reader.Reload()
+    return [(event.step, event.value) for event in reader.Scalars("loss")]
+
+
+# Steps that go wrong
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the losses of some batches NaN: of the same ones, whenever they come."""
+    plain = loop.train_step
+
+    def train_step(model: Any, optimizer: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if batch.tokens_BS.sum() % 5 > 3:
+            return plain(model, optimizer, batch, *args, **kwargs)
+        saved = model.norm.weight.detach().clone()
+        with torch.no_grad():
+            model.norm.weight.fill_(math.nan)
+        result = plain(model, optimizer, batch, *args, **kwargs)
+        with torch.no_grad():
+            model.norm.weight.copy_(saved)
+        return result
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_a_run_that_skips_and_goes_back_is_the_same_however_it_is_interrupted(
+    every: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch)
+    values = (
+        *("pretrain.steps=8", f"run.checkpoint_every={every}", "guard.patience=2"),
+        "guard.max_rollbacks=50",
+    )
+    whole = tmp_path / "whole"
+    assert train(whole, text, values)
+    records = metrics(whole)
+    assert records[-1]["rollbacks"] > 1, "the batches have to be bad enough"
+    assert sum(record["skipped"] is None for record in records) > 2
+    for lines in range(1, len(records) + 1):
+        for stop in ({"lines": lines}, {"ask": lines}):
+            out = tmp_path / f"run-{lines}-{len(stop)}-{'ask' in stop}"
+            train(out, text, values, **stop)
+            assert train(out, text, values)
+            assert metrics(out) == records, stop

@@ -37,10 +37,12 @@ from ziphius.training.metrics import Lines
 STAGE = "pretrain"
 _RECIPE, _LOCK = "recipe.toml", ".lock"
 
-# What may change when a run goes on: it says how often something is written, not what.
+# What may change when a run goes on: it says when something is written, and by how many, not what.
 _FREE_KEYS = frozenset(
-    f"run.{name}"
-    for name in ("checkpoint_every", "keep_checkpoints", "validate_every", "tensorboard", "cache")
+    (
+        *("run.checkpoint_every", "run.keep_checkpoints", "run.validate_every"),
+        *("run.tensorboard", "run.cache", "data.workers"),
+    )
 )
 # Settings that a recipe may leave to the machine, and how it says so.
 _LEFT_OPEN = {"threads": 0, "kernels": "auto", "products": "auto"}
