@@ -24,7 +24,9 @@ from ziphius.checkpoint.files import (
     check_manifest,
     is_weight_file,
     recover_directory,
+    remove_directory,
     replace_directory,
+    unfinished_targets,
     write_atomic,
     write_manifest,
 )
@@ -208,6 +210,23 @@ def test_a_crash_in_any_state_of_a_first_save_leaves_nothing_or_all(place: Path)
     assert outcomes == sorted(outcomes)
     assert outcomes.count(False) > 5
     assert outcomes.count(True) > 0
+
+
+def test_a_crash_in_any_state_of_a_removal_leaves_all_or_nothing(place: Path) -> None:
+    target = old_checkpoint(place / "ckpt")
+    outcomes = []
+    for step in steps_that_change(place, lambda: remove_directory(target)):
+        shutil.rmtree(target, ignore_errors=True)
+        old_checkpoint(target)
+        die(lambda: remove_directory(target), step)
+        outcomes.append(not target.exists())
+        if target.exists():
+            check_manifest(target)
+            assert content(target) == {**OLD, **KEPT}
+        recover_directory(target)
+        assert set(os.listdir(place)) <= {"ckpt"}
+    assert outcomes == sorted(outcomes)
+    assert outcomes.count(True) > 5
 
 
 def test_a_crash_in_any_state_of_a_file_leaves_the_old_or_the_new_bytes(place: Path) -> None:
@@ -472,6 +491,20 @@ def test_only_the_leftovers_of_dead_writers_are_removed(tmp_path: Path) -> None:
     recover_directory(target)
     assert set(os.listdir(tmp_path)) == {"ckpt", *living, *foreign, *others}
     assert content(target) == {**OLD, **KEPT}
+
+
+def test_whoever_is_alone_removes_the_leftovers_of_every_machine(tmp_path: Path) -> None:
+    target, lost = old_checkpoint(tmp_path / "ckpt"), tmp_path / "lost"
+    tag = f"{os.getpid()}-00000000-0a0b0c0d"
+    fill(tmp_path / f".ckpt.writing-{tag}", NEW)
+    old_checkpoint(tmp_path / f".lost.previous-{tag}")
+    fill(tmp_path / ".notes.writing-mine", NEW)
+    assert unfinished_targets(tmp_path) == [target, lost]
+    for path in (target, lost):
+        recover_directory(path, alone=True)
+        assert content(path) == {**OLD, **KEPT}
+    assert set(os.listdir(tmp_path)) == {"ckpt", "lost", ".notes.writing-mine"}
+    assert unfinished_targets(tmp_path) == unfinished_targets(tmp_path / "none") == []
 
 
 def test_an_old_folder_of_another_machine_is_put_back_after_a_wait(

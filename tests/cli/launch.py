@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shlex
 import signal
@@ -12,14 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.training.processes import exit_code, start
 from tests.training.support import metrics
 from ziphius.cli.app import run
-
-# Imported once, by the process whose forks the commands are.
-_PRELOADED = (
-    *("torch", "ziphius.training.run", "ziphius.report.page", "ziphius.inference.writer"),
-    *("rich.progress", "rich.syntax", "rich.table", "rich.panel", "typer.main", __name__),
-)
 
 Patch = Callable[[], None]
 
@@ -39,19 +33,12 @@ class Command:
         self._out, self._err = logs / f"{number}.out", logs / f"{number}.err"
         self._out.touch()
         self._err.touch()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(_PRELOADED))
         given = (output,) if output is None else (_Sent(output),)
-        self.process = context.Process(
-            target=_command, args=(arguments, self._out, self._err, patch, *given), daemon=True
-        )
-        self.process.start()
+        self.process = start(_command, arguments, self._out, self._err, patch, *given)
 
     def code(self) -> int:
         """Wait for its end; return its exit code, or minus the signal that killed it."""
-        self.process.join(120)
-        assert self.process.exitcode is not None, f"it hangs: {self.shown()}"
-        return self.process.exitcode
+        return exit_code(self.process)
 
     def signal(self, number: int) -> None:
         assert self.process.pid is not None

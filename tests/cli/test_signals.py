@@ -125,9 +125,29 @@ def test_a_second_signal_stops_at_once_and_leaves_nothing_unfinished(
     command.signal(number)
     command.until(lambda: "finishing this step" in command.shown())
     command.signal(number)
-    assert command.line(130) == "stopped"
+    line = command.line(130)
+    assert line.startswith("stopped; go on with: ")
     assert leftovers(out) == []
-    again = Command(*begun, "--resume", logs=tmp_path / "logs", patch=quick)
+    again = Command(*advised(line), logs=tmp_path / "logs", patch=quick)
+    assert again.code() == 0, again.error()
+    assert_same_run(out, whole)
+
+
+def slow_end() -> None:
+    """Let the end of the run take until the process is stopped."""
+    quick()
+    RunFolder.publish = lambda *_: (print("waiting", flush=True), time.sleep(600))  # type: ignore[assignment,method-assign,return-value]
+
+
+def test_ctrl_c_after_the_last_step_says_how_to_end_the_run(
+    words: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    begun = ["pretrain", "tiny", "--out", str(out), *flags(overrides(words, *STEPS))]
+    command = Command(*begun, logs=tmp_path / "logs", patch=slow_end)
+    command.until(lambda: "waiting" in command.shown())
+    command.signal(signal.SIGINT)
+    again = Command(*advised(command.line(130)), logs=tmp_path / "logs", patch=quick)
     assert again.code() == 0, again.error()
     assert_same_run(out, whole)
 

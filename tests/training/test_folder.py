@@ -234,8 +234,13 @@ def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path: Path, recipe: R
     for name in ("step-20", "step-100", "step-x", "damaged-step-7", ".step-8.writing-1"):
         (folder.stage / name).mkdir()
     assert [path.name for path in folder.checkpoints()] == ["step-100", "step-20", "step-3"]
-    folder.drop_old(2)
-    assert [path.name for path in folder.checkpoints()] == ["step-100", "step-20"]
+    assert [path.name for path in folder.checkpoints(10)] == ["step-100", "step-20"]
+    folder.drop_old(1, 20)
+    assert [path.name for path in folder.checkpoints()] == ["step-100"]
+    (folder.stage / "step-101").mkdir()
+    (folder.stage / "step-102").mkdir()
+    folder.drop_old(2, 20)  # the last one to which the run may go back stays
+    assert [path.name for path in folder.checkpoints()] == ["step-102", "step-101", "step-100"]
     assert (folder.stage / "damaged-step-7").is_dir()
 
 

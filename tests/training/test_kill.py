@@ -5,7 +5,6 @@ Whatever is left, a fresh process goes on from it, and the run ends as if nothin
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -14,8 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import pytest
 import torch
 
 from tests.training.deaths import every_death
+from tests.training.processes import exit_code, start
 from tests.training.support import (
     Silent,
     assert_same_run,
@@ -71,21 +70,6 @@ def short(place: Path, text: Path) -> Path:
 
 
 # Processes
-
-
-def start(target: Callable[..., None], *arguments: object) -> BaseProcess:
-    """Start a process that has imported this file and run nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=target, args=arguments, daemon=True)
-    process.start()
-    return process
-
-
-def exit_code(process: BaseProcess) -> int:
-    process.join(120)
-    assert process.exitcode is not None, "it hangs"
-    return process.exitcode
 
 
 def train(out: Path, text: Path, settings: tuple[str, ...]) -> None:

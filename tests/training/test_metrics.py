@@ -22,13 +22,13 @@ def test_cutting_goes_back_to_a_size_and_drops_half_a_line(tmp_path: Path) -> No
     lines.append({"step": 1})
     kept, size = lines.path.read_bytes(), lines.size()
     lines.append({"step": 2})
-    lines.cut(size)
+    assert lines.cut(size)
     assert lines.path.read_bytes() == kept
     with lines.path.open("ab") as file:
         file.write(b'{"step": 2, "lo')
-    lines.cut(10**6)
+    assert not lines.cut(10**6), "so much was not there"
     assert lines.path.read_bytes() == kept
-    lines.cut(0)
+    assert lines.cut(0)
     assert lines.path.read_bytes() == b""
 
 
@@ -48,8 +48,9 @@ def test_a_disk_that_takes_half_a_line_is_an_error(tmp_path: Path) -> None:
 
 def test_a_log_that_is_missing_is_begun(tmp_path: Path) -> None:
     lines = Lines(tmp_path / "metrics.jsonl")
-    lines.cut(100)
+    assert not lines.cut(100)
     assert lines.path.read_bytes() == b""
+    assert lines.last() == {}
 
 
 def test_tensorboard_reads_back_the_numbers(tmp_path: Path) -> None:

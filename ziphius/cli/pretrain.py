@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -44,17 +46,13 @@ def pretrain(
     from ziphius.report.page import write_report
     from ziphius.training import run
     from ziphius.training.folder import RunFolder
-    from ziphius.training.loop import Stopped
 
     chosen = load_recipe(recipe, [*(overrides or []), *options.length(steps)])
     console = Console()
     folder = RunFolder(out, resume=resume)
-    try:
-        with Display(console) as display:
-            stopping = partial(saving_on_signals, console)
-            trained = run.pretrain(chosen, folder, display, stopping=stopping)
-    except Stopped as stopped:
-        raise stopped.saying(f"go on with: {resume_command(out)}") from None
+    with telling_how_to_go_on(out), Display(console) as display:
+        stopping = partial(saving_on_signals, console)
+        trained = run.pretrain(chosen, folder, display, stopping=stopping)
     report = write_report(folder.path)
     before, after = (trained.summary[f"heldout_bpb_{when}"] for when in ("before", "after"))
     console.print(
@@ -64,6 +62,24 @@ def pretrain(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@contextmanager
+def telling_how_to_go_on(out: Path) -> Iterator[None]:
+    """Add the command that goes on with a run to the word of what has stopped it."""
+    from ziphius.config.errors import ZiphiusError
+    from ziphius.training.loop import Stopped
+
+    try:
+        yield
+    except Stopped as stopped:
+        raise stopped.saying(f"go on with: {resume_command(out)}") from None
+    except KeyboardInterrupt:
+        if not (out / "recipe.toml").is_file():
+            raise
+        at_once = ZiphiusError(f"stopped; go on with: {resume_command(out)}")
+        at_once.exit_code = 130
+        raise at_once from None
 
 
 def resume_command(out: Path) -> str:

@@ -159,9 +159,13 @@ class RunFolder:
         """Write recipe.toml, whole or not at all."""
         write_atomic(self.path / _RECIPE, dump_recipe(recipe).encode())
 
-    def checkpoints(self) -> list[Path]:
-        """List the run's checkpoints, the newest first."""
-        return stage_checkpoints(self.stage)
+    def checkpoints(self, every: int = 1) -> list[Path]:
+        """List the run's checkpoints of multiples of ``every`` steps, the newest first."""
+        return [
+            checkpoint
+            for checkpoint in stage_checkpoints(self.stage)
+            if int(checkpoint.name.removeprefix(STEP_PREFIX)) % every == 0
+        ]
 
     def checkpoint_at(self, step: int) -> Path:
         """Return where the checkpoint of a step belongs."""
@@ -175,11 +179,16 @@ class RunFolder:
                 remove_directory(aside)
             checkpoint.rename(aside)
 
-    def drop_old(self, keep: int) -> None:
-        """Remove all but the newest ``keep`` checkpoints."""
-        for checkpoint in self.checkpoints()[keep:]:
-            with suppress(OSError):
-                remove_directory(checkpoint)
+    def drop_old(self, keep: int, every: int) -> None:
+        """Remove all but the newest ``keep`` checkpoints, and the newest to which a run goes back.
+
+        See ``newest_usable`` for ``every``.
+        """
+        kept = {*self.checkpoints()[:keep], *self.checkpoints(every)[:1]}
+        for checkpoint in self.checkpoints():
+            if checkpoint not in kept:
+                with suppress(OSError):
+                    remove_directory(checkpoint)
 
     def publish(self, source: Path) -> None:
         """Make a checkpoint the run's final one: the same files, without its state.

@@ -101,7 +101,8 @@ class Loop:
             }
         target = self.folder.checkpoint_at(self.state.progress.step)
         self.state.write(target, self.text.tokenizer, sizes)
-        self.folder.drop_old(self.recipe.run.keep_checkpoints)
+        run = self.recipe.run
+        self.folder.drop_old(run.keep_checkpoints, run.checkpoint_every)
 
     def _step(self, seconds: float, events: Events | _NoEvents) -> None:
         state, progress, config = self.state, self.state.progress, self.recipe.pretrain
@@ -221,7 +222,7 @@ class Loop:
         advice = "lower pretrain.learning_rate or lengthen pretrain.warmup_steps"
         if not guard.may_go_back:
             raise ZiphiusError(f"{why} after {guard.rollbacks} returns to a checkpoint: {advice}")
-        saved, _ = newest_usable(self.folder, self.watch)
+        saved, _ = newest_usable(self.folder, self.watch, self.recipe.run.checkpoint_every)
         if saved is None:
             raise ZiphiusError(f"{why}, and there is no checkpoint to go back to: {advice}")
         self.state.take_weights(saved)

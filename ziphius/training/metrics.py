@@ -31,16 +31,21 @@ class Lines:
             return file.tell()
 
     def last(self) -> dict[str, Any]:
-        """Return the last line's record."""
-        record: dict[str, Any] = json.loads(self.path.read_bytes().splitlines()[-1])
+        """Return the last line's record, empty when there is none."""
+        lines = self.path.read_bytes().splitlines()
+        record: dict[str, Any] = json.loads(lines[-1]) if lines else {}
         return record
 
-    def cut(self, size: int) -> None:
-        """Drop everything after ``size`` bytes, and a line that was not written to its end."""
+    def cut(self, size: int) -> bool:
+        """Drop everything after ``size`` bytes, and a line that was not written to its end.
+
+        Returns whether so much was there.
+        """
         self.path.touch()
         with self.path.open("r+b") as file:
             kept = file.read(size)
             file.truncate(kept.rfind(b"\n") + 1)
+        return len(kept) == size
 
 
 class Events:

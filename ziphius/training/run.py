@@ -108,7 +108,7 @@ def pretrain(
     with folder.claimed(recipe):
         state = _begin(recipe, text)
         _go_on(state, folder, watch)
-        folder.drop_old(recipe.run.keep_checkpoints)
+        folder.drop_old(recipe.run.keep_checkpoints, recipe.run.checkpoint_every)
         peak = peak_flops(recipe.run.device, DTYPES[recipe.precision.compute])
         loop = Loop(recipe, state, text, folder, watch, peak)
         if state.progress.heldout_bpb_before is None:
@@ -148,7 +148,8 @@ def _go_on(state: TrainingState, folder: RunFolder, watch: Watch) -> None:
     for checkpoint in damaged:
         folder.set_aside(checkpoint)
     for log in (folder.metrics, folder.balance):
-        log.cut(saved.numbers["log_sizes"][log.path.name] if saved else 0)
+        if not log.cut(saved.numbers["log_sizes"][log.path.name] if saved else 0):
+            watch.say(f"{log.path}: lines of earlier steps are missing; going on without them")
 
 
 def _finish(recipe: Recipe, loop: Loop, *, early: bool) -> Trained:
@@ -170,9 +171,9 @@ def _finish(recipe: Recipe, loop: Loop, *, early: bool) -> Trained:
         "tokens": progress.tokens,
         "train_seconds": progress.seconds,
         "tokens_per_s": progress.tokens / progress.seconds,
-        "final_loss": last["loss"],
-        "final_mtp_loss": last["mtp_loss"],
-        "final_max_violation": last["max_violation"],
+        "final_loss": last.get("loss"),
+        "final_mtp_loss": last.get("mtp_loss"),
+        "final_max_violation": last.get("max_violation"),
         "heldout_bpb_before": progress.heldout_bpb_before,
         "heldout_bpb_after": measured["heldout_bpb"],
         "heldout_bpb_ema": measured.get("heldout_bpb_ema"),

@@ -137,10 +137,16 @@ def open_checkpoint(folder: Path) -> Saved:
     return Saved(folder, tensors, numbers)
 
 
-def newest_usable(folder: RunFolder, watch: Watch) -> tuple[Saved | None, dict[Path, str]]:
-    """Return the newest whole checkpoint of a run, and what is wrong with each that is newer."""
+def newest_usable(
+    folder: RunFolder, watch: Watch, every: int = 1
+) -> tuple[Saved | None, dict[Path, str]]:
+    """Return the newest whole checkpoint of a run, and what is wrong with each that is newer.
+
+    With ``every`` only multiples of so many steps count. A run goes back to one of these: others
+    were saved because somebody stopped it, and a run that nobody stopped has none.
+    """
     damaged: dict[Path, str] = {}
-    for checkpoint in folder.checkpoints():
+    for checkpoint in folder.checkpoints(every):
         try:
             return open_checkpoint(checkpoint), damaged
         except BadInput as error:
