@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from ziphius.config.errors import BadInput
-from ziphius.kernels.select import OPERATIONS, Kernels
+from ziphius.kernels.select import OPERATIONS, Kernels, widening_pays
 
 
 def test_defaults_exist_and_are_printed() -> None:
@@ -30,3 +31,9 @@ def test_an_unknown_version_names_the_nearest() -> None:
 def test_a_choice_does_not_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Kernels().attention = "reference"
+
+
+def test_measuring_products_gives_an_answer_and_leaves_the_threads_alone() -> None:
+    before = torch.get_num_threads()
+    assert widening_pays(size=64, rounds=2) in (True, False)
+    assert torch.get_num_threads() == before

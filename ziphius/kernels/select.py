@@ -29,6 +29,7 @@ from ziphius.kernels import (
 from ziphius.kernels.cpu.library import COMPILER, Library, build
 
 COMPILED = "cpp"
+_PRODUCTS = (torch.bfloat16, torch.float32)
 # Of every operation the table of versions, and the one that needs the library, if there is one.
 OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
     "choose": (choose.VERSIONS, choose.COMPILED),
@@ -106,20 +107,23 @@ def has_compiler() -> bool:
     return shutil.which(COMPILER) is not None
 
 
-def widening_pays(rows: int = 512, width: int = 256) -> bool:
-    """Measure an expert's product in BF16, and in FP32 with the casts there and back.
+def widening_pays(size: int = 512, rounds: int = 12) -> bool:
+    """Measure whether a product in FP32 is faster here than one in BF16, each at its best.
 
-    For a run that is about to begin: what it decides should be written down with the run.
+    Processors differ by a factor of two either way. One thread measures, because several wait for
+    each other on a busy machine, which turned the answer. For a run that is about to begin: what it
+    decides should be written down with the run.
     """
-    x, weight = torch.randn(rows, width).bfloat16(), torch.randn(width, width).bfloat16()
-    best = {False: float("inf"), True: float("inf")}
-    for _ in range(8):
-        for widened in best:
-            began = time.perf_counter()
-            for _ in range(4):
-                if widened:
-                    (x.float() @ weight.float().T).bfloat16()
-                else:
-                    x @ weight.T
-            best[widened] = min(best[widened], time.perf_counter() - began)
-    return best[True] < best[False]
+    operands = {dtype: torch.randn(2, size, size).to(dtype) for dtype in _PRODUCTS}
+    best = dict.fromkeys(_PRODUCTS, float("inf"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(rounds):
+            for dtype, (a, b) in operands.items():
+                began = time.perf_counter()
+                torch.mm(a, b)
+                best[dtype] = min(best[dtype], time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return best[torch.float32] < best[torch.bfloat16]
