@@ -242,11 +242,20 @@ def grid(
     for n in GRID_EXPERTS:
         small = job("bfloat16", n_routed_experts=n)
         rows["experts"].append({"experts": n, **compare(small, *how)})
+        tell(rows["experts"][-1])
     for length in GRID_LENGTHS:
         batch = max(1, 8192 // length)
         long = job("bfloat16", batch=batch, length=length)
         rows["length"].append({"length": length, **compare(long, *how)})
+        tell(rows["length"][-1])
     return rows
+
+
+def tell(row: Mapping[str, Any]) -> None:
+    """Show a row as soon as it is there: the longest take minutes."""
+    (name, value), *_ = row.items()
+    speeds = f"{row['ziphius_tokens_per_s']:,} and {row['transformers_tokens_per_s']:,} tokens/s"
+    print(f"{name} {value}: {speeds}, ratio {row['ratio']}", file=sys.stderr, flush=True)
 
 
 def show(name: str, rows: list[Mapping[str, Any]]) -> None:
