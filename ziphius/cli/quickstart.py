@@ -48,14 +48,13 @@ def quickstart(
     from rich.console import Console
 
     from ziphius.cli.display import Display
-    from ziphius.cli.pretrain import resume_command
+    from ziphius.cli.pretrain import telling_how_to_go_on
     from ziphius.cli.signals import saving_on_signals
     from ziphius.config.errors import BadInput
     from ziphius.config.recipe import load_recipe
     from ziphius.report.page import write_report
     from ziphius.training import run
     from ziphius.training.folder import RunFolder
-    from ziphius.training.loop import Stopped
     from ziphius.training.text import prepare_text
 
     if not math.isfinite(minutes):
@@ -72,12 +71,10 @@ def quickstart(
             settings += options.length(tokens=_tokens_that_fit(recipe, text, minutes, display))
             recipe, limit = run.resolve(load_recipe("tiny", settings)), 60 * minutes * _OVERTIME
         stopping = partial(saving_on_signals, console)
-        try:
+        with telling_how_to_go_on(out):
             trained = run.pretrain(
                 recipe, folder, display, text=text, seconds=limit, stopping=stopping
             )
-        except Stopped as stopped:
-            raise stopped.saying(f"go on with: {resume_command(out)}") from None
         summary = _measure(trained, recipe, folder, display)
         report = write_report(folder.path)
     _tell(console, summary, out, report)

@@ -13,7 +13,8 @@ class GuardConfig(Table):
     Neither is one whose loss lies above the median of the last ``window`` losses by more than
     ``spike`` times their median deviation from it and by more than ``spike_nats``. Its batch is
     spent. After ``patience`` steps in a row that were not applied the run goes back to its newest
-    checkpoint and on with the text that follows; after ``max_rollbacks`` of these it stops.
+    checkpoint at a multiple of ``run.checkpoint_every`` and on with the text that follows; after
+    ``max_rollbacks`` of these it stops.
     ``spike`` = 0 watches for values that are not finite only.
     """
 
