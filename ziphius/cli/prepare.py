@@ -49,18 +49,13 @@ def prepare(
 
     from ziphius.config.recipe import load_recipe
     from ziphius.data.prepare import prepare as prepare_text
+    from ziphius.training.machine import usable_threads
 
     loaded = load_recipe(recipe, overrides or ())
     console = Console()
-    with _Follower(console) as follower, _engine(engine, workers or _cores()) as chosen:
+    with _Follower(console) as follower, _engine(engine, workers or usable_threads()) as chosen:
         prepared = prepare_text(loaded, out, chosen, follower.tell)
     _tell(console, prepared, recipe)
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _engine(name: str, workers: int) -> LocalEngine | RayEngine:

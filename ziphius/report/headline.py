@@ -77,10 +77,9 @@ def _speed(run: Run) -> Headline | None:
     if value is not None:
         remark = f"over {duration(seconds)}" if seconds is not None else ""
         return Headline("tokens/s", _digits(value), value, remark)
-    values = run.metrics.points("tokens_per_s")[1]
-    if not len(values):
+    value = _median(run, "tokens_per_s")
+    if value is None:
         return None
-    value = float(np.median(values))
     return Headline("tokens/s", _digits(value), value, "median of the steps")
 
 
@@ -89,11 +88,16 @@ def _mfu(run: Run) -> Headline | None:
     if value is not None:
         remark = f"of {si(peak, 'FLOP/s')}" if peak is not None else "of the machine's peak"
         return Headline("MFU", percent(value), value, remark)
-    values = run.metrics.points("mfu")[1]
-    if not len(values):
+    value = _median(run, "mfu")
+    if value is None:
         return None
-    value = float(np.median(values))
     return Headline("MFU", percent(value), value, "median of the steps")
+
+
+def _median(run: Run, name: str) -> float | None:
+    """Return the median over steps, which stands in while a run has no summary."""
+    values = run.metrics.points(name)[1]
+    return float(np.median(values)) if len(values) else None
 
 
 def _violation(run: Run) -> Headline | None:

@@ -7,7 +7,6 @@ why this one exists. With ``moments="float32"`` it computes what torch's does.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +63,3 @@ class AdamW:
             rates = Rates(c.beta1, c.beta2, decay, rate, correction2, c.adam_eps)
             self.update(p, p.grad, m_kept, v_kept, rates)
             p.grad = None
-
-    def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs: the step count and both moments of every parameter."""
-        return {"steps": self.steps, "first": self.first, "second": self.second}
