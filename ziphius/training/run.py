@@ -24,6 +24,7 @@ from ziphius.training.machine import peak_flops, peak_memory_gib, usable_threads
 from ziphius.training.optimizer import AdamW
 from ziphius.training.state import Progress, TrainingState, newest_usable
 from ziphius.training.text import Text, prepare_text
+from ziphius.training.validate import validate
 from ziphius.training.watch import Watch
 
 FLOPS_FORMULA = "MFU = tokens/s * training FLOPs a token / peak FLOP/s"
@@ -99,24 +100,34 @@ def pretrain(
 
     ``text`` is what ``prepare_text`` made of the same recipe, if the caller has it already.
     ``seconds`` bounds the training; the folder's recipe then gets the steps that were made.
-    Nothing is written before the text is known to be usable. Raises what ``Loop.run`` does.
+    Nothing is written before text and kernels are known to be usable. Raises what ``Loop.run``
+    does.
     """
     folder.require_room()
     recipe = resolve(folder.agreed(recipe))
     torch.set_num_threads(recipe.run.threads)
     text = text or prepare_text(recipe, watch)
+    state = _begin(recipe, text)
     with folder.claimed(recipe):
-        state = _begin(recipe, text)
         _go_on(state, folder, watch)
         folder.drop_old(recipe.run.keep_checkpoints, recipe.run.checkpoint_every)
-        peak = peak_flops(recipe.run.device, DTYPES[recipe.precision.compute])
-        loop = Loop(recipe, state, text, folder, watch, peak)
+        loop = Loop(recipe, state, text, folder, watch, _peak(recipe))
         if state.progress.heldout_bpb_before is None:
             watch.say(f"bits per byte of the untrained model; kernels: {state.model.kernels}")
-            state.progress.heldout_bpb_before = loop.validation()["heldout_bpb"]
+            before = validate(state.model, text.heldout)
+            state.progress.heldout_bpb_before = before.bits_per_byte
         watch.say(f"training {loop.steps} steps")
         loop.run(seconds, stopping)
         return _finish(recipe, loop, early=seconds < math.inf)
+
+
+def _products_dtype(recipe: Recipe) -> str:
+    """Name the dtype in which the run's products are made."""
+    return "float32" if recipe.run.products == "widened" else recipe.precision.compute
+
+
+def _peak(recipe: Recipe) -> float:
+    return peak_flops(recipe.run.device, DTYPES[_products_dtype(recipe)])
 
 
 def _begin(recipe: Recipe, text: Text) -> TrainingState:
@@ -182,7 +193,7 @@ def _finish(recipe: Recipe, loop: Loop, *, early: bool) -> Trained:
         "training_flops_per_token": loop.flops,
         "flops_formula": FLOPS_FORMULA,
         "peak_flops": loop.peak_flops,
-        "peak_source": f"a {recipe.precision.compute} matrix product on this machine",
+        "peak_source": f"a {_products_dtype(recipe)} matrix product on this machine",
         "mfu": progress.tokens / progress.seconds * loop.flops / loop.peak_flops,
         "skipped_steps": state.guard.skipped,
         "rollbacks": state.guard.rollbacks,
