@@ -9,6 +9,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -25,3 +27,11 @@ def _torch_defaults() -> None:
     """Start every test from the same global generator and default dtype."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small programs to train on; nobody changes it."""
+    from tests.training.support import write_text
+
+    return write_text(tmp_path_factory.mktemp("words") / "text")

@@ -14,13 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.support import overrides, write_text
+from tests.training.support import overrides
 from ziphius.cli.app import run
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("words") / "text")
 
 
 def refusal(

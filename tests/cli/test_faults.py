@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.launch import Command, Patch, flags
+from tests.cli.launch import Command, Patch, flags, quick
 from tests.training.support import (
     Silent,
     assert_same_run,
@@ -24,7 +24,6 @@ from tests.training.support import (
     metrics,
     overrides,
     recipe,
-    write_text,
 )
 from ziphius.training import loop, run
 from ziphius.training.folder import RunFolder
@@ -34,20 +33,11 @@ STEPS = ("pretrain.steps=14", "run.checkpoint_every=4")
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("words") / "text")
-
-
-@pytest.fixture(scope="module")
 def whole(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing interrupts."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     pretrain(recipe(words, *STEPS), RunFolder(out), Silent())
     return out
-
-
-def quick() -> None:
-    run.peak_flops = lambda device, dtype: 1e9  # what it measures takes long
 
 
 def begun(words: Path, out: Path, *more: str) -> list[str]:

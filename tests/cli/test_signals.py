@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import ziphius
-from tests.cli.launch import Command, Patch, advised, flags
+from tests.cli.launch import Command, Patch, advised, flags, quick
 from tests.training.support import (
     Silent,
     assert_same_run,
@@ -26,10 +26,9 @@ from tests.training.support import (
     metrics,
     overrides,
     recipe,
-    write_text,
 )
 from ziphius.cli import display
-from ziphius.training import loop, run, text
+from ziphius.training import loop, text
 from ziphius.training.folder import RunFolder
 from ziphius.training.run import pretrain
 
@@ -38,20 +37,11 @@ SAVED = r"stopped after step (\d+), which is saved; go on with: (.+)"
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("words") / "text")
-
-
-@pytest.fixture(scope="module")
 def whole(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing interrupts."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     pretrain(recipe(words, *STEPS), RunFolder(out), Silent())
     return out
-
-
-def quick() -> None:
-    run.peak_flops = lambda device, dtype: 1e9  # what it measures takes long
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

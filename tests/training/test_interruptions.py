@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.training.support import Silent, assert_same_run, metrics, recipe, write_text
+from tests.training.support import Silent, assert_same_run, metrics, recipe
 from ziphius.training import loop, run
 from ziphius.training.folder import RunFolder
 from ziphius.training.loop import Stopped
@@ -33,16 +33,11 @@ def _known_peak() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("words") / "text")
-
-
 class Dropped(Exception):
     """Stands for whatever ends a process without a word."""
 
 
-def train(out: Path, text: Path, values: tuple[str, ...], *, lines: int = 0, ask: int = 0) -> bool:
+def train(out: Path, words: Path, values: tuple[str, ...], *, lines: int = 0, ask: int = 0) -> bool:
     """Train until ``lines`` lines of metrics are written, or a signal after ``ask`` of them.
 
     Returns whether the run ended.
@@ -61,7 +56,7 @@ def train(out: Path, text: Path, values: tuple[str, ...], *, lines: int = 0, ask
 
     try:
         folder = RunFolder(out, resume=True)
-        pretrain(recipe(text, *values), folder, Silent(on_step), stopping=stopping)
+        pretrain(recipe(words, *values), folder, Silent(on_step), stopping=stopping)
     except (Dropped, Stopped):
         return False
     return True
@@ -69,7 +64,7 @@ def train(out: Path, text: Path, values: tuple[str, ...], *, lines: int = 0, ask
 
 @pytest.fixture(scope="module")
 def whole_runs(
-    text: Path, tmp_path_factory: pytest.TempPathFactory
+    words: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[tuple[str, ...]], Path]:
     """Runs that nothing interrupts, made once for each set of settings."""
     made: dict[tuple[str, ...], Path] = {}
@@ -77,7 +72,7 @@ def whole_runs(
     def whole(values: tuple[str, ...]) -> Path:
         if values not in made:
             made[values] = tmp_path_factory.mktemp("whole") / "run"
-            assert train(made[values], text, values)
+            assert train(made[values], words, values)
         return made[values]
 
     return whole
@@ -93,7 +88,7 @@ def whole_runs(
     attempts=st.lists(st.tuples(st.integers(1, STEPS), st.booleans()), min_size=1, max_size=3),
 )
 def test_any_interruptions_of_any_run_change_nothing(
-    text: Path,
+    words: Path,
     whole_runs: Callable[[tuple[str, ...]], Path],
     tmp_path_factory: pytest.TempPathFactory,
     every: int,
@@ -111,8 +106,8 @@ def test_any_interruptions_of_any_run_change_nothing(
     out = tmp_path_factory.mktemp("run") / "run"
     for lines, is_asked in attempts:
         stop = {"ask" if is_asked else "lines": lines}
-        train(out, text, (*values, f"data.workers={workers}"), **stop)
-    assert train(out, text, values)
+        train(out, words, (*values, f"data.workers={workers}"), **stop)
+    assert train(out, words, values)
     # A signal saves steps that are saved in no other run.
     same_steps = not any(is_asked for _, is_asked in attempts)
     assert_same_run(out, whole_runs(values), same_steps=same_steps)
@@ -121,14 +116,14 @@ def test_any_interruptions_of_any_run_change_nothing(
 
 @pytest.mark.parametrize("left", [0, 500])
 def test_a_run_whose_metrics_are_lost_says_so_and_ends(
-    left: int, text: Path, whole_runs: Callable[[tuple[str, ...]], Path], tmp_path: Path
+    left: int, words: Path, whole_runs: Callable[[tuple[str, ...]], Path], tmp_path: Path
 ) -> None:
     values = (f"pretrain.steps={STEPS}", "run.checkpoint_every=3")
     whole, out = whole_runs(values), tmp_path / "run"
     shutil.copytree(whole, out)
     (out / "metrics.jsonl").write_bytes((out / "metrics.jsonl").read_bytes()[:left])
     watch = Silent()
-    pretrain(recipe(text, *values), RunFolder(out, resume=True), watch)
+    pretrain(recipe(words, *values), RunFolder(out, resume=True), watch)
     assert any("metrics.jsonl: lines of earlier steps are missing" in line for line in watch.said)
     summaries = [json.loads((path / "summary.json").read_text("utf-8")) for path in (out, whole)]
     assert summaries[0]["heldout_bpb_after"] == summaries[1]["heldout_bpb_after"]
@@ -149,7 +144,7 @@ EVERYTHING = (
 
 
 def test_a_run_of_every_part_goes_on_from_anywhere(
-    text: Path, whole_runs: Callable[[tuple[str, ...]], Path], tmp_path: Path
+    words: Path, whole_runs: Callable[[tuple[str, ...]], Path], tmp_path: Path
 ) -> None:
     whole = whole_runs(EVERYTHING)
     records = metrics(whole)
@@ -157,10 +152,10 @@ def test_a_run_of_every_part_goes_on_from_anywhere(
         assert len({record[name] for record in records}) > 1, f"{name} never changes"
     for lines in range(1, len(records) + 1, 4):
         out = tmp_path / str(lines)
-        train(out, text, EVERYTHING, lines=lines)
+        train(out, words, EVERYTHING, lines=lines)
         (events,) = (out / "tensorboard").iterdir()
         events.rename(events.with_name("events.out.tfevents.1"))  # as if long ago
-        assert train(out, text, EVERYTHING)
+        assert train(out, words, EVERYTHING)
         assert_same_run(out, whole)
         shown = shown_by_tensorboard(out)
         assert [step for step, _ in shown] == [record["step"] for record in records]
@@ -199,7 +194,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("every", [2, 3])
 def test_a_run_that_skips_and_goes_back_is_the_same_however_it_is_interrupted(
-    every: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    every: int, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch)
     values = (
@@ -207,13 +202,13 @@ def test_a_run_that_skips_and_goes_back_is_the_same_however_it_is_interrupted(
         "guard.max_rollbacks=50",
     )
     whole = tmp_path / "whole"
-    assert train(whole, text, values)
+    assert train(whole, words, values)
     records = metrics(whole)
     assert records[-1]["rollbacks"] > 1, "the batches have to be bad enough"
     assert sum(record["skipped"] is None for record in records) > 2
     for lines in range(1, len(records) + 1):
         stop = {"lines" if lines % 2 else "ask": lines}
         out = tmp_path / str(lines)
-        train(out, text, values, **stop)
-        assert train(out, text, values)
+        train(out, words, values, **stop)
+        assert train(out, words, values)
         assert metrics(out) == records, stop

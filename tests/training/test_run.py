@@ -6,17 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.support import Silent, recipe, write_text
+from tests.training.support import Silent, recipe
 from ziphius.config.errors import BadInput
 from ziphius.kernels.cpu import library
 from ziphius.training import run
 from ziphius.training.folder import RunFolder
 from ziphius.training.run import pretrain, resolve
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("words") / "text")
 
 
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
