@@ -16,7 +16,7 @@ import torch
 from tests.training.support import Silent, assert_same_run, metrics
 from tests.training.support import recipe as small_recipe
 from ziphius.config.errors import BadInput, ZiphiusError
-from ziphius.config.recipe import Recipe
+from ziphius.config.recipe import Recipe, load_recipe
 from ziphius.training import loop
 from ziphius.training.folder import RunFolder
 from ziphius.training.loop import Stopped
@@ -156,6 +156,22 @@ def test_a_changed_recipe_is_refused_by_its_keys(words: Path, whole: Path) -> No
     with pytest.raises(BadInput, match=r"differs .* in pretrain\.learning_rate, run\.seed:"):
         resumed(words, whole, "pretrain.learning_rate=1e-5", "run.seed=4", "run.checkpoint_every=5")
     assert (whole / "recipe.toml").read_bytes() == before
+
+
+def test_a_run_may_move_to_another_machine_and_says_what_that_costs(
+    words: Path, tmp_path: Path
+) -> None:
+    """Without this a machine that lacks a compiler could never go on with a run."""
+    out = tmp_path / "run"
+    broken_off(words, out, 5, "run.kernels=torch")
+    before = metrics(out)[:4]
+    said = resumed(words, out, "run.kernels=torch", "run.products=widened").said
+    assert any("run.products changed: from here on losses are not bit for bit" in s for s in said)
+    assert metrics(out)[:4] == before
+    assert [record["step"] for record in metrics(out)] == list(range(1, 10))
+    assert load_recipe(str(out / "recipe.toml")).run.products == "widened"
+    quiet = resumed(words, out).said
+    assert not any("changed" in line for line in quiet), "what was left open is as the run has it"
 
 
 def test_other_text_is_refused(words: Path, tmp_path: Path) -> None:

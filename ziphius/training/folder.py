@@ -33,6 +33,7 @@ from ziphius.checkpoint.huggingface import STEP_PREFIX, stage_checkpoints
 from ziphius.config.errors import BadInput
 from ziphius.config.recipe import Recipe, changed_keys, dump_recipe, load_recipe
 from ziphius.training.metrics import Lines
+from ziphius.training.watch import Watch
 
 STAGE = "pretrain"
 _RECIPE, _LOCK = "recipe.toml", ".lock"
@@ -46,6 +47,8 @@ _FREE_KEYS = frozenset(
 )
 # Settings that a recipe may leave to the machine, and how it says so.
 _LEFT_OPEN = {"threads": 0, "kernels": "auto", "products": "auto"}
+# What may change when a run moves to another machine: the numbers then differ in their last bits.
+_MACHINE_KEYS = frozenset(("run.device", *(f"run.{name}" for name in _LEFT_OPEN)))
 
 
 class RunFolder:
@@ -92,11 +95,12 @@ class RunFolder:
                     "another folder"
                 )
 
-    def agreed(self, recipe: Recipe) -> Recipe:
+    def agreed(self, recipe: Recipe, watch: Watch) -> Recipe:
         """Return the recipe with which the run here goes on, or begins.
 
-        What ``recipe`` leaves open (threads, kernels, products) is as the run has it. Raises
-        BadInput that names every setting which differs from the run's.
+        What ``recipe`` leaves open (threads, kernels, products) is as the run has it; given
+        otherwise it is taken, and ``watch`` is told. Raises BadInput that names every other setting
+        which differs from the run's.
         """
         if not self.resume or not _is_run(self.path):
             return recipe
@@ -107,7 +111,13 @@ class RunFolder:
             if getattr(recipe.run, name) == open_value
         }
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=left)})
-        if changes := [key for key in changed_keys(begun, recipe) if key not in _FREE_KEYS]:
+        changes = [key for key in changed_keys(begun, recipe) if key not in _FREE_KEYS]
+        if moved := [key for key in changes if key in _MACHINE_KEYS]:
+            watch.say(
+                f"{', '.join(moved)} changed: from here on losses are not bit for bit those of the "
+                "run as it began"
+            )
+        if changes := [key for key in changes if key not in _MACHINE_KEYS]:
             raise BadInput(
                 f"--resume {self.path}: the recipe differs from the run's in "
                 f"{', '.join(changes)}: go on with {self.path / _RECIPE}, or begin another run"

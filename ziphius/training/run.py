@@ -104,7 +104,7 @@ def pretrain(
     does.
     """
     folder.require_room()
-    recipe = resolve(folder.agreed(recipe))
+    recipe = resolve(folder.agreed(recipe, watch))
     torch.set_num_threads(recipe.run.threads)
     text = text or prepare_text(recipe, watch)
     state = _begin(recipe, text)
