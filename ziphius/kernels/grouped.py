@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ziphius.kernels.cpu.library import TYPES, Library
+
 
 def grouped_linear_reference(x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int]) -> Tensor:
     """Multiply ``counts[e]`` consecutive rows by ``weight[e]``, for every expert in turn.
@@ -75,7 +77,70 @@ def _segments(
     return (segment for segment in segments if len(segment[0]))
 
 
+class _Compiled(torch.autograd.Function):
+    """Weights are rounded to the dtype of the rows as they are packed; their gradient is not."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, library: Library, x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int]
+    ) -> Tensor:
+        x_MI, weight_EOI = x_MI.contiguous(), weight_EOI.contiguous()
+        counts_E = torch.tensor(counts, dtype=torch.int64)
+        ctx.save_for_backward(x_MI, weight_EOI, counts_E)
+        ctx.library = library
+        experts, outer, inner = weight_EOI.shape
+        out_MO = x_MI.new_empty(len(x_MI), outer)
+        sizes = (experts, inner, outer)
+        _rows_times(library, x_MI, weight_EOI, counts_E, out_MO, sizes, turned=True)
+        return out_MO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
+        x_MI, weight_EOI, counts_E = ctx.saved_tensors
+        dout_MO = grads[0].contiguous()
+        sizes = weight_EOI.shape
+        dx_MI = dweight_EOI = None
+        if ctx.needs_input_grad[1]:
+            dx_MI = torch.empty_like(x_MI)
+            _rows_times(ctx.library, dout_MO, weight_EOI, counts_E, dx_MI, sizes, turned=False)
+        if ctx.needs_input_grad[2]:
+            dweight_EOI = torch.empty_like(weight_EOI)
+            tensors = (dout_MO, x_MI, counts_E, dweight_EOI)
+            types = (x_MI.dtype, TYPES[weight_EOI.dtype])
+            ctx.library.call("grouped_weight_gradient", *types, *tensors, *sizes)
+        return None, dx_MI, dweight_EOI, None
+
+
+def _rows_times(
+    library: Library,
+    x: Tensor,
+    weight: Tensor,
+    counts_E: Tensor,
+    out: Tensor,
+    sizes: Sequence[int],
+    *,
+    turned: bool,
+) -> None:
+    types = (x.dtype, TYPES[weight.dtype])
+    library.call("grouped_rows", *types, x, weight, counts_E, out, *sizes, int(turned))
+
+
+def grouped_linear_compiled(
+    library: Library, x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int]
+) -> Tensor:
+    """Do the same, all segments in one call. Shapes as in the reference.
+
+    torch makes a new kernel for every size of a segment that it has not met, and sizes change from
+    step to step; here they cost nothing. Threads share the work by blocks of rows. Weights have the
+    dtype of the rows, or one is FP32 and the other BF16.
+    """
+    if torch.float64 in (x_MI.dtype, weight_EOI.dtype):
+        weight_EOI = weight_EOI.to(x_MI.dtype)
+    return _Compiled.apply(library, x_MI, weight_EOI, counts)
+
+
 VERSIONS: dict[str, Callable[[Tensor, Tensor, Sequence[int]], Tensor]] = {
     "reference": grouped_linear_reference,
     "loop": grouped_linear_loop,
 }
+COMPILED = grouped_linear_compiled

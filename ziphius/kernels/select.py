@@ -34,7 +34,7 @@ _PRODUCTS = (torch.bfloat16, torch.float32)
 OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
     "choose": (choose.VERSIONS, choose.COMPILED),
     "attention": (attention.VERSIONS, attention.COMPILED),
-    "grouped": (grouped.VERSIONS, None),
+    "grouped": (grouped.VERSIONS, grouped.COMPILED),
     "linear": (linear.VERSIONS, None),
     "norm": (norm.VERSIONS, norm.COMPILED),
     "swiglu": (swiglu.VERSIONS, swiglu.COMPILED),

@@ -33,6 +33,8 @@ SIGNATURES = {
     "cross_entropy": "npppnnn",
     "expand_forward": "npppnpppppnnnnnnn",
     "expand_backward": "nppppppppnnnnnnn",
+    "grouped_rows": "nnppppnnnnn",
+    "grouped_weight_gradient": "nnppppnnnn",
     "norm_forward": "npnpppnndn",
     "norm_backward": "npnpppppnnn",
     "permute": "npppnnnn",
