@@ -19,7 +19,14 @@ from ziphius.config.errors import BadInput
 from ziphius.kernels import adamw, attention, choose, grouped, linear, loss, norm, permute, swiglu
 from ziphius.kernels.cpu import library as library_file
 from ziphius.kernels.cpu.library import Library, build
-from ziphius.kernels.select import COMPILED, OPERATIONS, Kernels, compiled_kernels
+from ziphius.kernels.select import (
+    ANSWERING,
+    COMPILED,
+    OPERATIONS,
+    Kernels,
+    answering_kernels,
+    compiled_kernels,
+)
 from ziphius.model import router
 from ziphius.model.precision import Precision
 from ziphius.model.transformer import Transformer
@@ -264,7 +271,8 @@ def test_widened_products_are_at_least_as_exact_as_native_ones(rows: int) -> Non
 
 
 def chosen(library: Library, **changes: str) -> Kernels:
-    names = {op: COMPILED for op, (_, compiled) in OPERATIONS.items() if compiled is not None}
+    compiled = (op for op, (_, function) in OPERATIONS.items() if function is not None)
+    names = {op: COMPILED for op in compiled if op not in ANSWERING}
     return Kernels(**{**names, **changes}, library=library)
 
 
@@ -394,8 +402,16 @@ def test_no_compiler_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_compiled_version_without_a_library_is_an_error() -> None:
     with pytest.raises(BadInput, match="kernel norm: 'cpp' needs the compiled library"):
         Kernels(norm="cpp")
-    with pytest.raises(BadInput, match="kernel linear: no version 'cpp'"):
-        Kernels(linear="cpp")
+    with pytest.raises(BadInput, match="kernel linear: no version 'fortran'"):
+        Kernels(linear="fortran")
+
+
+def test_kernels_without_a_backward_refuse_to_train(kernel_folder: Path) -> None:
+    model = random_model(kernels=answering_kernels(kernel_folder))
+    with pytest.raises(RuntimeError, match="no backward"):
+        model(random_tokens(model.config, 1, 4))
+    with torch.no_grad():
+        assert model(random_tokens(model.config, 1, 4)).isfinite().all()
 
 
 def test_everything_is_compiled_that_can_be(kernel_folder: Path) -> None:
@@ -403,6 +419,6 @@ def test_everything_is_compiled_that_can_be(kernel_folder: Path) -> None:
     assert kernels.linear == "native"
     assert compiled_kernels(kernel_folder, "widened").linear == "widened"
     assert all(
-        (getattr(kernels, op) == COMPILED) == (compiled is not None)
+        (getattr(kernels, op) == COMPILED) == (compiled is not None and op not in ANSWERING)
         for op, (_, compiled) in OPERATIONS.items()
     )

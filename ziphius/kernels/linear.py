@@ -9,13 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ziphius.kernels.cpu.library import Library
+from ziphius.kernels.project import project_compiled
+from ziphius.kernels.stored import Codes, Weight
+
 # Rows that are widened at a time: enough for a product's full speed, few enough for a cache.
 ROWS = 1024
 
 
-def linear_native(x: Tensor, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
+def linear_native(x: Tensor, weight_OI: Weight, dtype: torch.dtype) -> Tensor:
     """Cast both to ``dtype`` and leave the product to torch: ``[..., I]`` to ``[..., O]``."""
-    return F.linear(x.to(dtype), weight_OI.to(dtype))
+    matrix = weight_OI.decode(dtype) if isinstance(weight_OI, Codes) else weight_OI.to(dtype)
+    return F.linear(x.to(dtype), matrix)
 
 
 class _Widened(torch.autograd.Function):
@@ -44,18 +49,28 @@ class _Widened(torch.autograd.Function):
         return dx_NI.view(x.shape), dweight_OI.to(weight_OI.dtype)
 
 
-def linear_widened(x: Tensor, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
+def linear_widened(x: Tensor, weight_OI: Weight, dtype: torch.dtype) -> Tensor:
     """Multiply BF16 rows in FP32, by weights as they are stored; only the result is rounded.
 
     For processors whose FP32 products are faster than those in BF16: no product is less exact than
     ``linear_native``'s. Other dtypes than BF16 are left to torch.
     """
-    if dtype != torch.bfloat16:
+    if dtype != torch.bfloat16 or isinstance(weight_OI, Codes):
         return linear_native(x, weight_OI, dtype)
     return _Widened.apply(x.to(dtype), weight_OI)
 
 
-VERSIONS: dict[str, Callable[[Tensor, Tensor, torch.dtype], Tensor]] = {
+def linear_compiled(library: Library, x: Tensor, weight_OI: Weight, dtype: torch.dtype) -> Tensor:
+    """Do the same by products that read weights where they are stored; for answering only.
+
+    No row depends on how many there are.
+    """
+    x_NI = x.to(dtype).reshape(-1, x.shape[-1])
+    return project_compiled(library, x_NI, weight_OI).view(*x.shape[:-1], -1)
+
+
+VERSIONS: dict[str, Callable[[Tensor, Weight, torch.dtype], Tensor]] = {
     "native": linear_native,
     "widened": linear_widened,
 }
+COMPILED = linear_compiled

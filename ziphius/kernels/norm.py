@@ -54,15 +54,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps)
 
 
+def _compiled_forward(
+    library: Library, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x_ND, gain_D = _rows(x), weight.to(wide).contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    inverse_root_N = torch.empty(x_ND.shape[0], dtype=wide)
+    arguments = (x_ND, x_ND.stride(0), gain_D, out, inverse_root_N, *x_ND.shape, eps)
+    library.call("norm_forward", x.dtype, *arguments)
+    return out, inverse_root_N
+
+
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, library: Library, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x_ND, gain_D = _rows(x), weight.to(wide).contiguous()
-        out = torch.empty(x.shape, dtype=x.dtype)
-        inverse_root_N = torch.empty(x_ND.shape[0], dtype=wide)
-        arguments = (x_ND, x_ND.stride(0), gain_D, out, inverse_root_N, *x_ND.shape, eps)
-        library.call("norm_forward", x.dtype, *arguments)
+        out, inverse_root_N = _compiled_forward(library, x, weight, eps)
         ctx.save_for_backward(x, weight, inverse_root_N)
         ctx.library = library
         return out
@@ -86,6 +93,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def rms_norm_compiled(library: Library, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Do the same in two passes over memory forward and back, and not in a dozen."""
+    if not torch.is_grad_enabled():
+        return _compiled_forward(library, x, weight, eps)[0]
     return _Compiled.apply(library, x, weight, eps)
 
 

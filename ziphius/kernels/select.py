@@ -20,8 +20,10 @@ from ziphius.kernels import (
     choose,
     expand,
     grouped,
+    latent,
     linear,
     loss,
+    mixture,
     norm,
     permute,
     swiglu,
@@ -35,7 +37,7 @@ OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
     "choose": (choose.VERSIONS, choose.COMPILED),
     "attention": (attention.VERSIONS, attention.COMPILED),
     "grouped": (grouped.VERSIONS, grouped.COMPILED),
-    "linear": (linear.VERSIONS, None),
+    "linear": (linear.VERSIONS, linear.COMPILED),
     "norm": (norm.VERSIONS, norm.COMPILED),
     "swiglu": (swiglu.VERSIONS, swiglu.COMPILED),
     "permute": (permute.VERSIONS, permute.COMPILED),
@@ -43,7 +45,13 @@ OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
     "expand": (expand.VERSIONS, expand.COMPILED),
     "loss": (loss.VERSIONS, loss.COMPILED),
     "adamw": (adamw.VERSIONS, adamw.COMPILED),
+    "sigmoid": (choose.SIGMOID_VERSIONS, choose.SIGMOID_COMPILED),
+    "gate": (choose.GATE_VERSIONS, choose.GATE_COMPILED),
+    "mixture": (mixture.VERSIONS, mixture.COMPILED),
+    "latent": (latent.VERSIONS, latent.COMPILED),
 }
+# Their compiled versions have no backward.
+ANSWERING = frozenset({"linear", "sigmoid", "gate", "mixture", "latent"})
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,10 @@ class Kernels:
     expand: str = "torch"
     loss: str = "torch"
     adamw: str = "torch"
+    sigmoid: str = "torch"
+    gate: str = "torch"
+    mixture: str = "stages"
+    latent: str = "torch"
     library: Library | None = None
 
     def __post_init__(self) -> None:
@@ -98,8 +110,21 @@ def compiled_kernels(folder: Path, products: str = "native") -> Kernels:
 
     ``products`` is the version of ``linear``. Raises BadInput where there is no compiler.
     """
-    chosen = {op: COMPILED for op, (_, compiled) in OPERATIONS.items() if compiled is not None}
+    compiled = [op for op, (_, function) in OPERATIONS.items() if function is not None]
+    chosen = {op: COMPILED for op in compiled if op not in ANSWERING}
     return Kernels(**chosen, linear=products, library=build(folder))
+
+
+def answering_kernels(folder: Path | None) -> Kernels:
+    """Choose the versions that answer: compiled ones if there is a folder to keep them, or torch's.
+
+    With the compiled ones no token's numbers depend on what else is in the batch. torch's have this
+    property for batches of one size only.
+    """
+    if folder is None:
+        return Kernels(mixture="reference")
+    compiled = {op: COMPILED for op, (_, function) in OPERATIONS.items() if function is not None}
+    return Kernels(**compiled, library=build(folder))
 
 
 def has_compiler() -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
+from ziphius.kernels.mixture import Expert
 from ziphius.kernels.select import Kernels
 from ziphius.model.dispatch import Sent
 from ziphius.model.layers import Device
@@ -54,6 +55,10 @@ class ExpertStore(nn.Module, ABC):
         """Down projections of every slot as stored, ``[slots, D, F]``."""
 
     @abstractmethod
+    def in_memory(self) -> list[Expert]:
+        """The weights of every logical expert, in order, where they lie."""
+
+    @abstractmethod
     def named_experts(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (``EXPERT.gate_proj.weight`` and so on, writable view) of every slot's expert."""
 
@@ -81,6 +86,16 @@ class StackedExperts(ExpertStore):
 
     def down(self) -> Tensor:
         return self.down_proj
+
+    def in_memory(self) -> list[Expert]:
+        slot_of = {expert: slot for slot, expert in enumerate(self.slot_to_expert)}
+        F = self.down_proj.shape[-1]
+        found = []
+        for expert in range(self.n_experts):
+            gate_up_GD = self.gate_up_proj[slot_of[expert]]
+            down_DF = self.down_proj[slot_of[expert]]
+            found.append(Expert(gate_up_GD[:F], gate_up_GD[F:], down_DF))
+        return found
 
     def named_experts(self) -> Iterator[tuple[str, Tensor]]:
         F = self.down_proj.shape[-1]

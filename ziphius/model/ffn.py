@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
+from ziphius.kernels.mixture import Expert, Experts
 from ziphius.kernels.select import Kernels
 from ziphius.model.dispatch import Dispatcher, LocalDispatcher, LocalSort, Sent, sort_by_slot
 from ziphius.model.experts import RoutedExperts
@@ -19,7 +20,7 @@ class Routed(NamedTuple):
     """A mixture's decision for a batch, ready to be dispatched."""
 
     routing: Routing
-    sort: LocalSort
+    sort: LocalSort | None  # None where the experts are computed in place
 
 
 class FeedForward(Protocol):
@@ -108,23 +109,42 @@ class MixtureOfExperts(nn.Module):
         shared_width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = SwiGLU(config.hidden_size, shared_width, precision, kernels, device)
         self.dispatcher: Dispatcher = LocalDispatcher(kernels)
+        self.mixture = kernels.function("mixture")
+        self.places: Experts | None = None
 
     def route(self, u_ND: Tensor, chosen_NK: Tensor | None) -> Routed | None:
         routing = self.gate(u_ND, chosen_NK)
+        if self.mixture is not None:
+            return Routed(routing, None)
         store = self.experts.store
         slots_NK = store.slots(routing.chosen_NK)
         return Routed(routing, sort_by_slot(slots_NK, len(store.slot_to_expert)))
 
     def dispatch(self, u_ND: Tensor, routed: Routed | None) -> Sent | Tensor:
         assert routed is not None, "a mixture layer dispatches what it has routed"
-        return self.dispatcher.dispatch(u_ND.to(self.experts.dtype), *routed)
+        if routed.sort is None:
+            return self.in_place(u_ND, routed.routing)
+        return self.dispatcher.dispatch(u_ND.to(self.experts.dtype), routed.routing, routed.sort)
+
+    def in_place(self, u_ND: Tensor, routing: Routing) -> Tensor:
+        """Compute all experts where the rows lie, in one kernel without a backward: ``[N, D]``."""
+        places = self.places or self.locate()
+        out_ND: Tensor = self.mixture(u_ND, routing.chosen_NK, routing.weights_NK, places)
+        return out_ND
+
+    def locate(self) -> Experts:
+        """Note where the weights of every expert lie; it holds as long as they stay there."""
+        one = self.shared_experts
+        shared = Expert(one.gate_proj.weight, one.up_proj.weight, one.down_proj.weight)
+        return Experts(self.experts.store.in_memory(), [shared])
 
     def run_experts(self, sent: Sent | Tensor) -> Tensor:
-        return self.experts(sent)
+        return self.experts(sent) if isinstance(sent, Sent) else sent
 
     def combine(self, rows: Tensor, sent: Sent | Tensor) -> Tensor:
-        assert isinstance(sent, Sent), "a mixture layer combines what it has dispatched"
+        if not isinstance(sent, Sent):
+            return rows
         return self.dispatcher.combine(rows, sent).to(self.dtype)
 
     def shared(self, u_ND: Tensor) -> Tensor | None:
-        return self.shared_experts(u_ND)
+        return self.shared_experts(u_ND) if self.mixture is None else None

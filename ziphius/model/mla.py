@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from ziphius.config.model import ModelConfig
 from ziphius.kernels import attention
 from ziphius.kernels.attention import latent_attention
+from ziphius.kernels.latent import LatentPages
 from ziphius.kernels.select import Kernels
+from ziphius.kernels.stored import Codes
 from ziphius.model.layers import Device, Linear, RMSNorm
 from ziphius.model.precision import Precision
 from ziphius.model.rope import Rope, rotate, softmax_scale
@@ -42,6 +44,13 @@ class Projected(NamedTuple):
     k_rope_BTR: Tensor
 
 
+class Absorbed(NamedTuple):
+    """The up-projections of every head as queries and outputs meet them."""
+
+    keys_HCn: Tensor
+    values_HvC: Tensor
+
+
 class MLA(nn.Module):
     """Multi-head latent attention, without the block's norm and residual."""
 
@@ -55,6 +64,8 @@ class MLA(nn.Module):
         self.scale = softmax_scale(config)
         self.attention = kernels.function("attention")
         self.expand_heads = kernels.function("expand")
+        self.paged = kernels.function("latent")()
+        self.absorbed: Absorbed | None = None
         self.pads = kernels.attention in attention.WANT_EQUAL_WIDTHS
         H, D, Q = self.heads, config.hidden_size, config.q_lora_rank
         q_out = H * config.qk_head_dim
@@ -78,7 +89,7 @@ class MLA(nn.Module):
         self,
         x_BTD: Tensor,
         rope: Rope,
-        cache: LayerCache | None = None,
+        cache: LayerCache | LatentPages | None = None,
         documents_BT: Tensor | None = None,
     ) -> Tensor:
         """Attend causally; ``x`` is normed ``[B, T, D]``, the result has its shape.
@@ -87,12 +98,34 @@ class MLA(nn.Module):
         if those are given. With one the tokens follow what it holds, and the absorbed form runs
         over everything: a cache is one document.
         """
+        if isinstance(cache, LatentPages):
+            return self.over_pages(x_BTD, rope, cache)
         if cache is not None:
             assert documents_BT is None, "a cache holds one document a sequence"
             return self.core(self.project(x_BTD, rope), cache)
         q_BHTd, k_BHTd, v_BHTv = self.expand(*self.compress(x_BTD), rope)
         out_BHTv = self.attention(q_BHTd, k_BHTd, v_BHTv, self.scale, documents_BT)
         return self.o_proj(out_BHTv[..., : self.v].transpose(1, 2).flatten(-2))
+
+    def over_pages(self, x_BTD: Tensor, rope: Rope, cache: LatentPages) -> Tensor:
+        """Attend for tokens of many sequences, flattened to ``[1, N, D]``, over their pages."""
+        q_BTQ, kv_BTc = self.compress(x_BTD)
+        gain_C, eps = self.kv_a_layernorm.weight, self.kv_a_layernorm.eps
+        self.paged.append(kv_BTc[0], gain_C, eps, rope, cache)
+        if self.has_query_latent:
+            q_BTQ = self.q_b_proj(self.q_a_layernorm(q_BTQ))
+        up = self.absorbed or self.absorb(q_BTQ.dtype)
+        q_NHc = self.paged.queries(q_BTQ[0].unflatten(-1, (self.heads, -1)), up.keys_HCn, rope)
+        z_NHC = self.paged.attend(q_NHc, self.latent, self.scale, cache)
+        return self.o_proj(self.paged.values(z_NHC, up.values_HvC).flatten(-2).unsqueeze(0))
+
+    def absorb(self, dtype: torch.dtype) -> Absorbed:
+        """Derive from ``kv_b_proj`` what the absorbed form multiplies by (facts 1.6)."""
+        weight = self.kv_b_proj.weight
+        dense = weight.decode(dtype) if isinstance(weight, Codes) else weight.detach().to(dtype)
+        dense_HoC = dense.unflatten(0, (self.heads, -1))
+        keys_HCn = dense_HoC[:, : self.nope].transpose(1, 2).contiguous()
+        return Absorbed(keys_HCn, dense_HoC[:, self.nope :])
 
     def project(self, x_BTD: Tensor, rope: Rope) -> Projected:
         """Compute the queries of new tokens, and the latent and rotary key to cache (eq. 1-9)."""

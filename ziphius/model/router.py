@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
@@ -64,6 +63,9 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.choose = kernels.function("choose") or choose
+        self.sigmoid = kernels.function("sigmoid")
+        self.weigh = kernels.function("gate")
+        self.linear = kernels.function("linear")
         E, D = config.n_routed_experts, config.hidden_size
         self.top_k = config.num_experts_per_tok
         self.n_group, self.topk_group = config.n_group, config.topk_group
@@ -81,7 +83,7 @@ class Router(nn.Module):
 
     def forward(self, u_ND: Tensor, chosen_NK: Tensor | None = None) -> Routing:
         """Route normed tokens ``[N, D]``. Given ``chosen``, replay that choice."""
-        scores_NE = F.linear(self.widen(u_ND), self.weight.to(self.dtype)).sigmoid()
+        scores_NE = self.sigmoid(self.linear(self.widen(u_ND), self.weight, self.dtype))
         if chosen_NK is None:
             with torch.no_grad():
                 chosen_NK = self.choose(
@@ -91,7 +93,11 @@ class Router(nn.Module):
                     self.n_group,
                     self.topk_group,
                 )
-        weights_NK = gate(scores_NE, chosen_NK, normalise=self.normalise, scale=self.scale)
+        if self.weigh is None:
+            weights_NK = gate(scores_NE, chosen_NK, normalise=self.normalise, scale=self.scale)
+        else:
+            rule = {"normalise": self.normalise, "scale": self.scale, "least": NORM_EPS}
+            weights_NK = self.weigh(scores_NE, chosen_NK, **rule)
         return Routing(chosen_NK, weights_NK, scores_NE)
 
 

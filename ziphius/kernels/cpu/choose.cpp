@@ -1,4 +1,4 @@
-// The experts of every token: the best of the best groups, by biased scores.
+// The experts of every token: the best of the best groups, by biased scores; and their weights.
 #include "numbers.h"
 
 #include <limits>
@@ -60,4 +60,42 @@ extern "C" void choose(int64_t type, const void* scores, const float* bias, int6
     else
         choose<float>((const float*)scores, bias, chosen, tokens, experts, k, groups, kept_groups,
                       threads);
+}
+
+// weights [tokens, k]: the scores of the chosen, over their sum (and a little) if normalised, times
+// scale. The sum is taken in the order of the choices.
+template <class H>
+void gate(const H* scores, const int64_t* chosen, H* weights, int64_t tokens, int64_t experts,
+          int64_t k, bool normalise, H least, H scale) {
+    for (int64_t n = 0; n < tokens; n++) {
+        H sum = 0;
+        for (int64_t i = 0; i < k; i++) {
+            weights[n * k + i] = scores[n * experts + chosen[n * k + i]];
+            sum += weights[n * k + i];
+        }
+        for (int64_t i = 0; i < k; i++) {
+            H& weight = weights[n * k + i];
+            weight = (normalise ? weight / (sum + least) : weight) * scale;
+        }
+    }
+}
+
+extern "C" void gate(int64_t type, const void* scores, const int64_t* chosen, void* weights,
+                     int64_t tokens, int64_t experts, int64_t k, int64_t normalise, double least,
+                     double scale, int64_t threads) {
+    if (type == 0)
+        gate<double>((const double*)scores, chosen, (double*)weights, tokens, experts, k, normalise,
+                     least, scale);
+    else
+        gate<float>((const float*)scores, chosen, (float*)weights, tokens, experts, k, normalise,
+                    float(least), float(scale));
+}
+
+extern "C" void sigmoids(int64_t type, const void* logits, void* scores, int64_t count,
+                         int64_t threads) {
+    auto all = [&](auto* x, auto* y) {
+        for (int64_t i = 0; i < count; i++) y[i] = sigmoid(x[i]);
+    };
+    if (type == 0) all((const double*)logits, (double*)scores);
+    else all((const float*)logits, (float*)scores);
 }

@@ -3,6 +3,9 @@
 
 #include <cmath>
 #include <cstdint>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 struct bf16 {
     uint16_t bits;
@@ -21,6 +24,18 @@ template <> inline bf16 narrow<bf16>(float x) {  // to nearest, ties to even; Na
     uint32_t u = __builtin_bit_cast(uint32_t, x);
     uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     return {uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
+}
+
+// Round numbers that lie side by side.
+template <class T> inline void narrow_row(T* to, const wide<T>* from, int64_t count) {
+    int64_t i = 0;
+#ifdef __AVX512BF16__
+    if constexpr (sizeof(T) == 2)
+        for (; i + 16 <= count; i += 16)
+            _mm256_storeu_si256((__m256i*)(to + i),
+                                (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+#endif
+    for (; i < count; i++) to[i] = narrow<T>(from[i]);
 }
 
 // exp in a form that compilers vectorise; 0 below the smallest normal number.
