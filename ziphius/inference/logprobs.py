@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
-from ziphius.inference.logits import Ids, Row
+from ziphius.inference.logits import BLOCK, Ids, Row
 from ziphius.inference.params import ALL
 
 # Rows are cut into so many pieces; the largest of each say what the largest of all must exceed.
@@ -54,10 +55,20 @@ def score(logits_V: Row, token: int, count: int) -> Scored:
 
 def log_sum_exp(logits_V: Row) -> float:
     """Return the logarithm of the sum of exponentials, in float64."""
-    largest_logit = float(logits_V.max())
-    shifted_V = logits_V.astype(np.float64)
-    shifted_V -= largest_logit
-    return largest_logit + float(np.log(np.exp(shifted_V, out=shifted_V).sum()))
+    top = float(logits_V.max())
+    return top + math.log(exp_sum(logits_V, top))
+
+
+def exp_sum(logits_V: Row, top: float, temperature: float = 1.0) -> float:
+    """Return the sum of ``exp((logit - top) / temperature)``, in float64."""
+    total = 0.0
+    for start in range(0, len(logits_V), BLOCK):
+        block = logits_V[start : start + BLOCK].astype(np.float64)
+        block -= top
+        with np.errstate(over="ignore"):  # a small temperature makes minus infinities
+            block /= temperature
+        total += float(np.exp(block, out=block).sum())
+    return total
 
 
 def largest(logits_V: Row, count: int) -> Ids:

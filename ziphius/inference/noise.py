@@ -7,14 +7,20 @@ time, in any order and process: no state is kept, lost or shared.
 from __future__ import annotations
 
 import enum
+import math
 import secrets
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ziphius.inference.logits import BLOCK, Row
+
 _WORDS = 4  # 64-bit numbers that Philox makes of one count
 # So many tokens' numbers are had one by one; for more it is faster to draw everybody's.
 _FEW = 100
+# Gumbel noise above this has a word above that: one token in 400.
+_COMMON = 6.0
+_RARE = np.uint64(math.exp(-math.exp(-_COMMON)) * 2.0**64 * (1 - 1e-9))
 
 
 class Stream(enum.IntEnum):
@@ -50,7 +56,33 @@ class Noise:
             words = philox.random_raw(int(tokens_N.max()) + 1)[tokens_N]
         else:
             words = _words(philox, tokens_N.tolist())
-        return -np.log(_uniform(words))
+        return _exponential(words)
+
+    def race(self, position: int, logits_V: Row, temperature: float) -> int:
+        """Return the argmax over the whole vocabulary of ``logits / temperature`` plus noise.
+
+        Most tokens cannot win: their logit is too far below the largest, and their noise is not of
+        the rare large kind. Only the others' scores are computed.
+        """
+        best = int(logits_V.argmax())
+        top = float(logits_V[best])
+        word = _words(self._philox(position, Stream.TOKEN), [best])
+        reached = -float(np.log(_exponential(word))[0])
+        # With room for rounding, which the factor of the noise's bound leaves too.
+        near = top + temperature * (reached - _COMMON - 1e-6) - 1e-6 * abs(top)
+        philox = self._philox(position, Stream.TOKEN)
+        runs, drawn = [], []
+        for start in range(0, len(logits_V), BLOCK):
+            block = logits_V[start : start + BLOCK]
+            words = philox.random_raw(len(block))
+            places = np.flatnonzero((block >= near) | (words > _RARE))
+            runs.append(places + start)
+            drawn.append(words[places])
+        runs_N = np.concatenate(runs)
+        with np.errstate(over="ignore"):
+            scores_N = (logits_V[runs_N].astype(np.float64) - top) / temperature
+        scores_N -= np.log(_exponential(np.concatenate(drawn)))
+        return int(runs_N[scores_N.argmax()])
 
     def uniform(self, position: int, stream: Stream) -> float:
         """Draw one number between 0 and 1, neither of them."""
@@ -75,9 +107,17 @@ def _words(philox: np.random.Philox, places: list[int]) -> NDArray[np.uint64]:
     return np.array(found, np.uint64)
 
 
+def _exponential(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    return -np.log(_uniform(words))
+
+
 def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Turn words into numbers between 0 and 1; 52 bits, so that neither end is met."""
-    return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    # As signed numbers, which processors convert many times faster.
+    numbers = (words >> np.uint64(12)).view(np.int64).astype(np.float64)
+    numbers += 0.5
+    numbers *= 2.0**-52
+    return numbers
 
 
 def fresh_seed() -> int:

@@ -15,10 +15,13 @@ from ziphius.inference import logits as rows
 from ziphius.inference.bad_words import BadWords
 from ziphius.inference.errors import RequestError
 from ziphius.inference.logits import Ids, Row
-from ziphius.inference.logprobs import Alternative, largest, score
+from ziphius.inference.logprobs import Alternative, exp_sum, largest, score
 from ziphius.inference.noise import Noise
 from ziphius.inference.params import SamplingParams
 from ziphius.inference.vocabulary import Vocabulary
+
+# Of log-weights for top-p: so many to a factor of e, and the number of the last one.
+_STEPS, _LAST_STEP = 32, 4095
 
 
 class Sampled(NamedTuple):
@@ -31,11 +34,11 @@ class Sampled(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The tokens that may be drawn, ascending, and their logits over the temperature less the
-    largest. ``ids_N`` is None for the whole vocabulary.
+    """The tokens that may be drawn, ascending, and their logits over the temperature, less the
+    largest.
     """
 
-    ids_N: Ids | None
+    ids_N: Ids
     scaled_N: NDArray[np.float64]
 
 
@@ -82,6 +85,8 @@ class Sampler:
         self._changes = bool(
             params.logit_bias or params.penalises or params.bad_words or params.banned_token_ids
         ) or (allowed is not None)
+        filters = params.min_p > 0 or params.top_k > 0 or params.top_p < 1
+        self._filters = filters and params.temperature > 0
 
     def choose(
         self,
@@ -99,11 +104,12 @@ class Sampler:
         row_V = self._changed(raw_V, output, allowed_V)
         token = int(row_V.argmax())
         self._check(raw_V, row_V, token, len(output))
-        if self.params.temperature > 0:
+        if self._filters:
             kept = self._keep(row_V)
             waits_N = self.noise.exponentials(len(output), len(row_V), kept.ids_N)
-            place = int((kept.scaled_N - np.log(waits_N)).argmax())
-            token = place if kept.ids_N is None else int(kept.ids_N[place])
+            token = int(kept.ids_N[(kept.scaled_N - np.log(waits_N)).argmax()])
+        elif self.params.temperature > 0:
+            token = self.noise.race(len(output), row_V, self.params.temperature)
         if self.params.logprobs is None:
             return Sampled(token)
         return Sampled(*score(raw_V, token, self.params.logprobs))
@@ -125,7 +131,7 @@ class Sampler:
             p_V[best] = 1
             return p_V
         kept = self._keep(row_V)
-        p_V[slice(None) if kept.ids_N is None else kept.ids_N] = np.exp(kept.scaled_N)
+        p_V[kept.ids_N] = np.exp(kept.scaled_N)
         p_V /= p_V.sum()
         return p_V
 
@@ -176,43 +182,58 @@ class Sampler:
     def _keep(self, row_V: Row) -> Kept:
         """Apply temperature, min-p, top-k and top-p, in this order."""
         params = self.params
-        top = float(row_V.max())
-        ids_N: Ids | None = None
-        # Before min-p, which commutes with it, as it leaves less to do.
+        top, total = float(row_V.max()), None
         if 0 < params.top_k < len(row_V):
+            # Before min-p, which commutes with it, as it leaves less to do.
             ids_N = largest(row_V, params.top_k)
-        scaled_N = (row_V if ids_N is None else row_V[ids_N]).astype(np.float64)
+        elif params.min_p > 0:
+            ids_N = self._above(row_V, top, np.log(params.min_p))
+        elif params.top_p < 1:
+            # Tokens below (1 - top_p) / V are, together, less than what may be left out.
+            total = exp_sum(row_V, top, params.temperature)
+            ids_N = self._above(row_V, top, np.log((1 - params.top_p) / len(row_V) * total))
+        else:
+            ids_N = np.arange(len(row_V))
+        scaled_N = row_V[ids_N].astype(np.float64)
         scaled_N -= top
-        # However small the temperature, the largest stays 0: it may make minus infinities.
+        # However small the temperature, the largest stays 0.
         with np.errstate(over="ignore"):
             scaled_N /= params.temperature
         if params.min_p > 0:
-            chosen = np.flatnonzero(scaled_N >= np.log(params.min_p))
-            ids_N, scaled_N = _pick(ids_N, chosen), scaled_N[chosen]
+            chosen_N = scaled_N >= np.log(params.min_p)
+            ids_N, scaled_N = ids_N[chosen_N], scaled_N[chosen_N]
         if params.top_p < 1:
-            chosen = top_p(np.exp(scaled_N), params.top_p)
-            ids_N, scaled_N = _pick(ids_N, chosen), scaled_N[chosen]
+            chosen = top_p(scaled_N, params.top_p, total)
+            ids_N, scaled_N = ids_N[chosen], scaled_N[chosen]
         return Kept(ids_N, scaled_N)
 
+    def _above(self, row_V: Row, top: float, log_share: float) -> Ids:
+        """Return the tokens above a share of the largest, and perhaps some that are just below."""
+        room = 0.5 * self.params.temperature + 1e-6 * abs(top)
+        return np.flatnonzero(row_V >= top + self.params.temperature * log_share - room)
 
-def top_p(weights_N: NDArray[np.float64], share: float) -> Ids:
-    """Return, ascending, the places of the fewest largest weights that reach ``share`` of the sum.
 
-    Of equal weights the first count first. Only weights that may be kept are sorted: all those
-    below ``(1 - share) / N`` of the sum, together, are less than what may be left out.
+def top_p(scaled_N: NDArray[np.float64], share: float, total: float | None = None) -> Ids:
+    """Return, ascending, the places of the fewest likeliest tokens that reach ``share`` of the sum.
+
+    ``scaled_N`` are log-weights, the largest 0. Of equal weights the first count first. ``total``
+    is the sum when it is that of more tokens than these.
+
+    No sort of all: the weights are summed in steps of their logarithm, and only the step in which
+    the sum is reached is sorted.
     """
-    total = weights_N.sum()
-    # Half of it, so that rounding cannot matter.
-    candidates = np.flatnonzero(weights_N >= 0.5 * (1 - share) / len(weights_N) * total)
-    values = weights_N[candidates]
-    order = np.argsort(-values, kind="stable")
-    before = np.cumsum(values[order])
-    count = int(np.searchsorted(before, share * total)) + 1
-    return np.sort(candidates[order[:count]])
-
-
-def _pick(ids_N: Ids | None, chosen: Ids) -> Ids:
-    return chosen if ids_N is None else ids_N[chosen]
+    weights_N = np.exp(scaled_N)
+    steps_N = np.minimum(scaled_N * -_STEPS, _LAST_STEP).astype(np.int32)
+    sums = np.bincount(steps_N, weights_N).cumsum()
+    wanted = share * (float(sums[-1]) if total is None else total)
+    last = min(int(np.searchsorted(sums, wanted)), len(sums) - 1)
+    inside = np.flatnonzero(steps_N == last)
+    order = inside[np.argsort(-weights_N[inside], kind="stable")]
+    reached = weights_N[order].cumsum() + (sums[last - 1] if last else 0.0)
+    within = order[: int(np.searchsorted(reached, wanted)) + 1]
+    chosen_N = steps_N < last
+    chosen_N[within] = True
+    return np.flatnonzero(chosen_N)
 
 
 def as_row(logits_V: Tensor | Row) -> Row:
