@@ -41,7 +41,8 @@ def penalise_repetition(logits_V: Row, seen: Ids, penalty: float) -> None:
     transformers). ``seen`` may name a token more than once.
     """
     values = logits_V[seen]
-    with np.errstate(over="ignore"):  # an infinite logit is told of where a token is chosen
+    # An infinite logit is told of where a token is chosen.
+    with np.errstate(over="ignore", divide="ignore"):
         logits_V[seen] = np.where(values > 0, values / penalty, values * penalty)
 
 

@@ -210,7 +210,8 @@ class Sampler:
     def _above(self, row_V: Row, top: float, log_share: float) -> Ids:
         """Return the tokens above a share of the largest, and perhaps some that are just below."""
         room = 0.5 * self.params.temperature + 1e-6 * abs(top)
-        return np.flatnonzero(row_V >= top + self.params.temperature * log_share - room)
+        with np.errstate(over="ignore"):
+            return np.flatnonzero(row_V >= top + self.params.temperature * log_share - room)
 
 
 def top_p(scaled_N: NDArray[np.float64], share: float, total: float | None = None) -> Ids:
