@@ -66,6 +66,8 @@ from ziphius.inference.params import Constraint, SamplingParams
         ({"regex": "a", "grammar": "start: /a/"}, "regex and grammar: give one"),
         ({"regex": 3}, "regex = 3"),
         ({"json_schema": 3}, "json_schema = 3"),
+        ({"json_schema": "{"}, "json_schema is no JSON: Expecting property name"),
+        ({"json_schema": '{"a":' * 100_000}, "json_schema is no JSON"),
         ({"json_schema": {"a": object()}}, "json_schema is no JSON"),
     ],
 )

@@ -33,7 +33,11 @@ class Grammars:
     ) -> None:
         """``end_ids`` end an answer whose grammar is satisfied. ``vocab_size`` is the model's, if
         it is not the tokenizer's: masks have that many entries.
+
+        Raises BadInput without an end token: a satisfied grammar could not say so.
         """
+        if not end_ids:
+            raise BadInput("a grammar needs an end token, and this model's config has none")
         self.end_ids = tuple(sorted(end_ids))
         self.vocab_size = vocab_size or len(vocabulary.spellings)
         self.tokenizer = llguidance.LLTokenizer(
@@ -167,6 +171,17 @@ class _Spelled:
         return ids
 
 
+def _from_regex(text: str) -> str:
+    r"""Read a regular expression that the whole answer must match; ``\d`` is 0 to 9 alone.
+
+    Digits of other scripts depend on the version of Unicode, so a reader might not take them.
+    """
+    if (len(text) - len(text.rstrip("\\"))) % 2:
+        raise ValueError("it ends in a single backslash")  # which the library would drop
+    source = llguidance.regex_to_lark(text, use_ascii="d")
+    return llguidance.LLMatcher.grammar_from_lark(f"start: /{source}/")
+
+
 def _from_grammar(text: str) -> str:
     """Read Lark, or the EBNF of llama.cpp, whose rules are written with ``::=``."""
     return llguidance.LLMatcher.grammar_from_lark(any_to_lark(text) if "::=" in text else text)
@@ -174,7 +189,7 @@ def _from_grammar(text: str) -> str:
 
 _SOURCES: Mapping[str, Callable[[str], str]] = {
     "json_schema": llguidance.LLMatcher.grammar_from_json_schema,
-    "regex": llguidance.LLMatcher.grammar_from_regex,
+    "regex": _from_regex,
     "grammar": _from_grammar,
 }
 

@@ -94,6 +94,8 @@ class SamplingParams:
             if given[0] == "json_schema" and isinstance(source, Mapping):
                 source = _as_json(source)
             _text(given[0], source)
+            if given[0] == "json_schema":
+                _check_json(source)
         if not self.detokenize and (self.stop or self.bad_words):
             raise BadInput("stop and bad_words are about the text: they need detokenize = True")
 
@@ -190,6 +192,13 @@ def _as_json(schema: Mapping[str, Any]) -> str:
     try:
         return json.dumps(dict(schema), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
+        raise BadInput(f"json_schema is no JSON: {error}") from None
+
+
+def _check_json(schema: str) -> None:
+    try:
+        json.loads(schema)
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"json_schema is no JSON: {error}") from None
 
 
