@@ -67,6 +67,7 @@ STOPS = st.lists(st.text("ab🐋é", min_size=1, max_size=4), max_size=3)
 )
 @example("aab", [1], ["ab"], False)
 @example("aaba", [1], ["aaba", "ab"], False)
+@example(" whales", [], ["les", "whal", "ha"], True)  # all inside one token
 def test_any_tokenisation_gives_the_text_and_the_stop_of_the_whole(
     vocabulary: Vocabulary, text: str, places: list[int], stops: list[str], include: bool
 ) -> None:
