@@ -62,12 +62,13 @@ def log_sum_exp(logits_V: Row) -> float:
 def exp_sum(logits_V: Row, top: float, temperature: float = 1.0) -> float:
     """Return the sum of ``exp((logit - top) / temperature)``, in float64."""
     total = 0.0
-    for start in range(0, len(logits_V), BLOCK):
-        block = logits_V[start : start + BLOCK].astype(np.float64)
-        block -= top
-        with np.errstate(over="ignore"):  # a small temperature makes minus infinities
-            block /= temperature
-        total += float(np.exp(block, out=block).sum())
+    with np.errstate(over="ignore"):  # a small temperature makes minus infinities
+        for start in range(0, len(logits_V), BLOCK):
+            block = logits_V[start : start + BLOCK].astype(np.float64)
+            block -= top
+            if temperature != 1:
+                block /= temperature
+            total += float(np.exp(block, out=block).sum())
     return total
 
 

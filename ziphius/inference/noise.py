@@ -72,14 +72,13 @@ class Noise:
         near = top + temperature * (reached - _COMMON - 1e-6) - 1e-6 * abs(top)
         philox = self._philox(position, Stream.TOKEN)
         runs, drawn = [], []
-        for start in range(0, len(logits_V), BLOCK):
-            block = logits_V[start : start + BLOCK]
-            words = philox.random_raw(len(block))
-            with np.errstate(over="ignore"):  # float32's minus infinity is a bound that all reach
-                near_N = block >= near
-            places = np.flatnonzero(near_N | (words > _RARE))
-            runs.append(places + start)
-            drawn.append(words[places])
+        with np.errstate(over="ignore"):  # a bound of minus infinity is one that all reach
+            for start in range(0, len(logits_V), BLOCK):
+                block = logits_V[start : start + BLOCK]
+                words = philox.random_raw(len(block))
+                places = np.flatnonzero((block >= near) | (words > _RARE))
+                runs.append(places + start)
+                drawn.append(words[places])
         runs_N = np.concatenate(runs)
         with np.errstate(over="ignore"):
             scores_N = (logits_V[runs_N].astype(np.float64) - top) / temperature
