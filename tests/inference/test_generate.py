@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tests.support import F64, random_model, random_tokens, tiny_config
 from ziphius.config.errors import BadInput
 from ziphius.config.model import Yarn
 from ziphius.data.tokenizer import train_tokenizer
-from ziphius.inference.generate import generate_text, generate_tokens, stream_decode
-from ziphius.inference.sampler import SamplingParams
+from ziphius.inference.generate import generate_text, generate_tokens
+from ziphius.inference.params import SamplingParams
 from ziphius.model.transformer import Transformer
 
 MODELS: list[dict[str, Any]] = [
@@ -30,8 +27,10 @@ TEXT = "Zähle die Wale: 🐋🐳 鯨 нарвал, and whales are counted twice
 
 
 def generated(model: Transformer, prompt: list[int], **params: Any) -> list[int]:
+    """Generate greedily unless a temperature is given."""
     cached, stop = params.pop("cached", True), params.pop("stop_ids", ())
-    return list(generate_tokens(model, prompt, SamplingParams(**params), stop, cached=cached))
+    settings_ = SamplingParams(**{"temperature": 0} | params)
+    return list(generate_tokens(model, prompt, settings_, stop, cached=cached))
 
 
 def prompts(model: Transformer) -> list[list[int]]:
@@ -105,12 +104,15 @@ def test_the_consumer_keeps_its_own_gradient_mode() -> None:
 # --- where it ends --------------------------------------------------------------------------------
 
 
-def test_a_stop_id_ends_the_answer_and_is_not_part_of_it() -> None:
+def test_a_stop_id_is_the_last_token() -> None:
     model = random_model()
     whole = generated(model, [7], max_tokens=20)
     stop = whole[6]
-    assert generated(model, [7], max_tokens=20, stop_ids={stop}) == whole[: whole.index(stop)]
-    assert generated(model, [7], max_tokens=20, stop_ids={whole[0]}) == []
+    until = whole[: whole.index(stop) + 1]
+    assert generated(model, [7], max_tokens=20, stop_ids={stop}) == until
+    assert generated(model, [7], max_tokens=20, stop_token_ids=[stop]) == until
+    assert generated(model, [7], max_tokens=20, stop_ids={whole[0]}) == whole[:1]
+    assert generated(model, [7], max_tokens=20, stop_ids={stop}, ignore_eos=True) == whole
 
 
 def test_the_context_ends_the_answer() -> None:
@@ -118,6 +120,7 @@ def test_the_context_ends_the_answer() -> None:
     prompt = random_tokens(model.config, 1, 12)[0].tolist()
     assert len(generated(model, prompt, max_tokens=50)) == 4
     assert len(generated(model, [*prompt, 1, 2, 3], max_tokens=50)) == 1
+    assert len(generated(model, prompt, max_tokens=None)) == 4
 
 
 @pytest.mark.parametrize(
@@ -145,50 +148,46 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer([TEXT * 3], 330)
 
 
-@settings(max_examples=80)
-@given(text=st.text(st.characters(codec="utf-8") | st.sampled_from("🐋鯨ä\ufffd e")))
-def test_streamed_text_joins_to_the_whole(tokenizer: Tokenizer, text: str) -> None:
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    pieces = list(stream_decode(tokenizer, ids))
-    assert "".join(pieces) == text == tokenizer.decode(ids, skip_special_tokens=False)
-    if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in pieces), "half a character was emitted"
-
-
-@settings(max_examples=80)
-@given(ids=st.lists(st.integers(0, 329), max_size=30))
-def test_streamed_nonsense_joins_to_the_whole(tokenizer: Tokenizer, ids: list[int]) -> None:
-    """Tokens that a model may well generate: bytes that are no text, and special tokens."""
-    whole = tokenizer.decode(ids, skip_special_tokens=False)
-    assert "".join(stream_decode(tokenizer, ids)) == whole
-
-
-def test_text_is_streamed_as_soon_as_it_is_final(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("a🐋b", add_special_tokens=False).ids
-    taken = 0
-
-    def counted() -> Iterator[int]:
-        nonlocal taken
-        for token in ids:
-            taken += 1
-            yield token
-
-    seen = [(taken, piece) for piece in stream_decode(tokenizer, counted())]
-    assert seen[0] == (1, "a")
-    assert seen[-1] == (len(ids), "b")
-    assert len(ids) > 3
-
-
 def test_generated_text(tokenizer: Tokenizer) -> None:
     """The prompt's tokens come after the first ids, and the pieces are the new tokens' text."""
     model = random_model(tiny_config(vocab_size=330))
-    params = SamplingParams(max_tokens=15, temperature=1.0)
+    params = SamplingParams(max_tokens=15, seed=2, skip_special_tokens=False)
     pieces = generate_text(model, tokenizer, "whales", params, first_ids=[0])
     ids = [0, *tokenizer.encode("whales", add_special_tokens=False).ids]
     tokens = generate_tokens(model, ids, params)
     assert "".join(pieces) == tokenizer.decode(list(tokens), skip_special_tokens=False)
     other = generate_text(model, tokenizer, "whales", params, first_ids=[1])
     assert "".join(other) != tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def test_generated_text_ends_where_it_should(tokenizer: Tokenizer) -> None:
+    model = random_model(tiny_config(vocab_size=330, max_position_embeddings=32))
+    params = {"max_tokens": None, "seed": 4}
+    whole = "".join(generate_text(model, tokenizer, "whales", SamplingParams(**params)))
+    stop = whole[len(whole) // 2]
+    stopped = SamplingParams(stop=stop, **params)
+    assert "".join(generate_text(model, tokenizer, "whales", stopped)) == whole.split(stop)[0]
+    without = SamplingParams(bad_words=[stop], **params)
+    assert stop not in "".join(generate_text(model, tokenizer, "whales", without))
+
+
+@pytest.mark.parametrize(
+    "params", [{"n": 2}, {"logprobs": 1}, {"prompt_logprobs": 0}, {"regex": "a"}]
+)
+def test_what_only_the_engine_does_is_refused(params: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="are the engine's"):
+        generated(random_model(), [1], **params)
+
+
+def test_a_token_the_model_does_not_have_is_refused() -> None:
+    with pytest.raises(BadInput, match="outside the model's vocabulary of 61"):
+        generated(random_model(), [1], banned_token_ids=[61])
+
+
+def test_without_a_seed_answers_differ() -> None:
+    model = random_model()
+    answers = {tuple(generated(model, [1], temperature=5.0)) for _ in range(4)}
+    assert len(answers) == 4
 
 
 def test_an_empty_text_needs_a_first_token(tokenizer: Tokenizer) -> None:

@@ -35,7 +35,7 @@ def write_function(writer: Writer) -> Function:
 
 def _sample(writer: Writer, seed: int) -> Function:
     """Write one function: up to the first line that belongs to none."""
-    from ziphius.inference.sampler import SamplingParams
+    from ziphius.inference.params import SamplingParams
 
     params = SamplingParams(max_tokens=120, temperature=0.4, top_p=0.9, seed=seed)
     text = PROMPT

@@ -28,13 +28,13 @@ def generate(
     Example: ziphius generate runs/quickstart "def " --temperature 0.7 --top-p 0.9
     """
     from ziphius.config.errors import BadInput
-    from ziphius.inference.sampler import SamplingParams
+    from ziphius.inference.params import SamplingParams
     from ziphius.inference.writer import load_writer
 
     if (prompt is None) == (input_file is None):
         raise BadInput("give either a PROMPT or --input-file")
     prompts = [prompt] if prompt is not None else _read_prompts(input_file)
-    params = SamplingParams(max_tokens, temperature, top_p, seed)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     writer = load_writer(checkpoint, dtype, mtp=not without_mtp)
     for text in prompts:
         writer.check(text)

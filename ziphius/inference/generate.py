@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from tokenizers import Tokenizer
 
 from ziphius.config.errors import BadInput
 from ziphius.inference.cache import LatentCache
-from ziphius.inference.sampler import SamplingParams, sample
+from ziphius.inference.noise import Noise, fresh_seed
+from ziphius.inference.params import SamplingParams
+from ziphius.inference.sampler import Sampler
+from ziphius.inference.stop import AnswerText, Finish
+from ziphius.inference.vocabulary import Vocabulary
 from ziphius.model.transformer import Transformer
 
-# A byte that does not complete a character decodes to this; more bytes may mend it.
-REPLACEMENT = "\ufffd"
 PREFILL_CHUNK = 512
 
 
@@ -25,18 +27,25 @@ def generate_tokens(
     stop_ids: Collection[int] = (),
     *,
     cached: bool = True,
+    vocabulary: Vocabulary | None = None,
 ) -> Iterator[int]:
-    """Yield new token ids after ``prompt``, up to ``max_tokens`` or a stop id (not yielded).
+    """Yield new token ids after ``prompt``, up to ``max_tokens`` or a stop id, which is yielded.
+
+    What is about the text (stop strings, ...) is the caller's; ``bad_words`` need ``vocabulary``.
 
     With ``cached=False`` every token computes the whole sequence again in the expanded form; that
     is the slow specification of the cached, absorbed one. Raises BadInput for an empty prompt, ids
-    outside the vocabulary, and a prompt that fills ``max_position_embeddings``.
+    outside the vocabulary, a prompt that fills ``max_position_embeddings``, and what is asked of
+    the engine alone: several answers, log-probabilities, a grammar.
     """
     check_prompt(model, prompt)
+    params.check_vocabulary(model.config.vocab_size)
+    _check_plain(params)
     room = model.config.max_position_embeddings - len(prompt)
     device = model.lm_head.weight.device
-    generator = torch.Generator().manual_seed(params.seed)
-    steps = min(params.max_tokens, room)
+    noise = Noise(fresh_seed() if params.seed is None else params.seed)
+    sampler = Sampler(params, prompt, noise, stop_ids=stop_ids, vocabulary=vocabulary)
+    steps = room if params.max_tokens is None else min(params.max_tokens, room)
     cache = LatentCache(model, batch=1, capacity=len(prompt) + steps) if cached else None
     ids, fed = list(prompt), 0
     if cache is not None:
@@ -48,11 +57,12 @@ def generate_tokens(
         hidden_BTD, _ = model.trunk(torch.tensor([ids[fed:]], device=device), cache)
         fed = len(ids) if cached else 0
         # Only the last position's logits are wanted: those of a whole prompt would be large.
-        token = sample(model.lm_head(hidden_BTD[0, -1]), params, generator)
-        if token in stop_ids:
-            return
+        logits_V = model.lm_head(hidden_BTD[0, -1])
+        token = sampler.choose(logits_V, ids[len(prompt) :]).token
         ids.append(token)
         yield token
+        if token in sampler.stop_ids:
+            return
 
 
 def generate_text(
@@ -68,8 +78,15 @@ def generate_text(
 
     ``first_ids`` (the beginning-of-sentence token) go before the prompt's own tokens.
     """
-    ids = encode_prompt(tokenizer, prompt, first_ids)
-    return stream_decode(tokenizer, generate_tokens(model, ids, params, stop_ids))
+    ids, vocabulary = encode_prompt(tokenizer, prompt, first_ids), Vocabulary(tokenizer)
+    answer = AnswerText(vocabulary, params, stop_ids)
+    for token in generate_tokens(model, ids, params, stop_ids, vocabulary=vocabulary):
+        if piece := answer.push(token):
+            yield piece
+        if answer.finish:
+            return
+    if piece := answer.end(Finish("length")):  # of the context
+        yield piece
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, first_ids: Sequence[int] = ()) -> list[int]:
@@ -81,17 +98,15 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, first_ids: Sequence[int] = 
     return [*first_ids, *tokenizer.encode(prompt, add_special_tokens=False).ids]
 
 
-def stream_decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """Yield text as soon as it is final: a piece waits while it ends inside a character."""
-    pending: list[int] = []
-    for token in tokens:
-        pending.append(token)
-        text = tokenizer.decode(pending, skip_special_tokens=False)
-        if not text.endswith(REPLACEMENT):
-            yield text
-            pending = []
-    if pending:
-        yield tokenizer.decode(pending, skip_special_tokens=False)
+def _check_plain(params: SamplingParams) -> None:
+    if (
+        params.n > 1
+        or params.constraint
+        or (params.logprobs, params.prompt_logprobs) != (None,) * 2
+    ):
+        raise BadInput(
+            "n, logprobs, prompt_logprobs and grammars are the engine's: leave them out here"
+        )
 
 
 def check_prompt(model: Transformer, prompt: Sequence[int]) -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from ziphius.checkpoint.huggingface import TOKENIZER_FILE, checkpoint_folder, load
 from ziphius.data.tokenizer import read_tokenizer
 from ziphius.inference.generate import check_prompt, encode_prompt, generate_text
-from ziphius.inference.sampler import SamplingParams
+from ziphius.inference.params import SamplingParams
 from ziphius.model.transformer import Transformer
 
 
