@@ -248,7 +248,7 @@ class PageTable:
                 pool.release(page)
                 self.pages[index] = known
             self.published += 1
-        self.shared = max(self.shared, self.published * pool.page_size)
+            self.shared = max(self.shared, self.published * pool.page_size)
 
     def fork(self, length: int) -> tuple[PageTable, list[tuple[int, int]]] | None:
         """Return a table with the first ``length`` positions, and (source, target) pages to copy.
