@@ -86,6 +86,7 @@ class Load:
         for sequence in step.expired:
             assert sequence.deadline <= self.now
             self.live.remove(sequence)
+        assert all(s.deadline > self.now for s in self.live if s.state != "ended")
         self.scheduler.check()
         results = self.engine.compute(step)
         for place in cancelled:
@@ -327,6 +328,18 @@ def test_the_latest_arrival_makes_room_and_keeps_its_output() -> None:
     assert run.scheduler.stats().preemptions >= 1
 
 
+def test_a_prompt_waits_for_pages_that_the_others_will_need() -> None:
+    run = engine(n_pages=16, page_size=4)
+    run.scheduler.add([1] * 20, 4)
+    run.scheduler.add([2] * 20, 4)
+    run.step()
+    (tight,) = run.scheduler.add([3] * 20, 4)
+    run.step()
+    assert tight.state == "waiting"  # 10 to 12 pages are used, 5 needed, 2 more not to be taken
+    run.drain()
+    assert run.scheduler.stats().preemptions == 0
+
+
 def test_preempted_during_prefill() -> None:
     run = engine(n_pages=7, page_size=2, prefill_chunk=2)
     first = run.scheduler.add([3, 2], 12)[0]
@@ -495,16 +508,17 @@ def test_cancelled_between_schedule_and_update() -> None:
 
 def test_late_requests_end() -> None:
     some = scheduler(max_running=1)
-    soon, later = some.add([1, 2], 9, deadline=5.0)[0], some.add([1, 2], 9, deadline=7.0)[0]
+    soon, last, waits = (some.add([1, 2], 9, deadline=at)[0] for at in (5.0, 7.0, 6.0))
     some.update(some.schedule(4.9), {soon: [3]})
     step = some.schedule(5.0)
     assert step.expired == [soon]
-    assert [chunk.sequence for chunk in step.chunks] == [later]
-    some.update(step, {later: [3]})
-    waits = some.add([1, 2], 9, deadline=6.0)[0]
-    assert not some.schedule(5.9).expired
-    some.update(some._in_flight, {later: [3]})
-    assert some.schedule(9.0).expired == [later, waits]
+    assert [chunk.sequence for chunk in step.chunks] == [last]
+    some.update(step, {last: [3]})
+    for now, expired in ((5.9, []), (6.0, [waits]), (6.9, [])):
+        step = some.schedule(now)
+        assert step.expired == expired
+        some.update(step, {last: [3]})
+    assert some.schedule(8.0).expired == [last]
     assert some.idle
     assert some.pool.used == 0
     assert some.stats().expired == 3

@@ -65,6 +65,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
         self._waiting_tokens = 0
+        self._refused: tuple[Sequence, int, int] | None = None  # with how few free, many running
         self._in_flight: Step | None = None
         self._next_deadline = FOREVER  # of those that have not ended, or earlier
         self._arrivals = 0
@@ -107,9 +108,10 @@ class Scheduler:
     ) -> list[Sequence]:
         """Put a request into the queue; return its ``n`` sequences.
 
-        Raises BadInput for what can never run, and QueueFull, which passes. Only the first sequence
-        is asked for ``prompt_logprobs``. With ``max_tokens=0`` the prompt is scored and no token is
-        chosen.
+        Raises BadInput for what can never run, and QueueFull, which passes: a request is taken
+        whole or not at all, and each of its n counts. ``deadline`` is compared with ``schedule``'s
+        ``now``. Only the first sequence is asked for ``prompt_logprobs``. With ``max_tokens=0`` the
+        prompt is scored and no token is chosen.
         """
         if not prompt or max_tokens < 0 or n < 1:
             raise BadInput(
@@ -344,14 +346,21 @@ class Scheduler:
             budget -= self._feed(sequence, step, budget)
 
     def _begin(self, sequence: Sequence) -> bool:
+        free, running = self.pool.free, len(self._running)
+        if self._refused is not None:
+            refused, before, beside = self._refused
+            if refused is sequence and free <= before and running >= beside:
+                return False  # spares a long prompt's look-up at each step that it waits
         # A page for each that runs, so that a prompt is not computed just to be preempted.
-        spare = min(len(self._running), self.pool.n_pages // 8)
+        spare = min(running, self.pool.n_pages // 8)
         limit = sequence.scored if sequence.scored < sequence.prompt_length else None
         start = sequence.table.begin(
             sequence.tokens, recompute=self.recompute, limit=limit, spare=spare
         )
         if start is None:
+            self._refused = (sequence, free, running)
             return False
+        self._refused = None
         sequence.computed = start
         if sequence.cached < 0:
             sequence.cached = sequence.table.shared
