@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ziphius.config.errors import BadInput
+from ziphius.model.rope import Rope
 from ziphius.model.transformer import Transformer
 
 
@@ -52,6 +53,10 @@ class LatentCache:
     def length(self) -> int:
         """Positions kept by every layer."""
         return self._layers[-1].length
+
+    def rope(self, model: Transformer, length: int) -> Rope:
+        """Return the rotary tables of the next ``length`` positions."""
+        return model.rope(length, start=self.length)
 
     def layer(self, index: int) -> _LayerCache:
         """Return one layer's part.

@@ -21,7 +21,7 @@ class LatentPages(NamedTuple):
     ``pages`` is ``[n_pages, page, C + R]``: normed latents and rotated keys. ``slots`` is where
     each new row goes, page * size + offset, or -1 where it is not written. ``tables`` has the pages
     of every sequence, ``sequence`` and ``position`` say whose and which position a token is; tokens
-    of a sequence stand side by side, in order. All int64.
+    of a sequence stand side by side, in order. All int64. Rows before ``first`` are no keys.
     """
 
     pages: Tensor
@@ -29,6 +29,7 @@ class LatentPages(NamedTuple):
     tables: Tensor
     sequence_N: Tensor
     position_N: Tensor
+    first: int = 0
 
 
 class TorchLatent:
@@ -67,7 +68,7 @@ class TorchLatent:
         high = torch.promote_types(q_NHc.dtype, torch.float32)
         out_NHC = q_NHc.new_empty(*q_NHc.shape[:2], C)
         for n, (s, p) in enumerate(zip(cache.sequence_N, cache.position_N.tolist(), strict=True)):
-            rows_Sc = cache.pages[cache.tables[s]].flatten(0, 1)[: p + 1].to(high)
+            rows_Sc = cache.pages[cache.tables[s]].flatten(0, 1)[cache.first : p + 1].to(high)
             scores_HS = (q_NHc[n].to(high) @ rows_Sc.T) * scale
             weights_HS = (scores_HS - scores_HS.amax(-1, keepdim=True)).exp()
             rounded_HS = weights_HS.to(q_NHc.dtype).to(high)
@@ -117,7 +118,7 @@ class CompiledLatent:
         self.library.call(
             "latent_attend",
             q_NHc.dtype,
-            *(q_NHc, *where, cache.sequence_N, cache.position_N, out_NHC),
+            *(q_NHc, *where, cache.sequence_N, cache.position_N, cache.first, out_NHC),
             *(N, H, C, width - C, scale),
         )
         return out_NHC

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
+from ziphius.kernels.latent import LatentPages
 from ziphius.kernels.select import Kernels
 from ziphius.model.dispatch import Sent
 from ziphius.model.ffn import Dense, FeedForward, MixtureOfExperts, Routed
@@ -60,7 +61,7 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rope: Rope,
-        cache: LayerCache | None = None,
+        cache: LayerCache | LatentPages | None = None,
         documents_BT: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Run the five stages; return the new residual stream and the layer's routing."""
@@ -75,7 +76,7 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rope: Rope,
-        cache: LayerCache | None = None,
+        cache: LayerCache | LatentPages | None = None,
         chosen_NK: Tensor | None = None,
         documents_BT: Tensor | None = None,
     ) -> Attended:

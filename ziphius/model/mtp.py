@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
+from ziphius.kernels.latent import LatentPages
 from ziphius.kernels.select import Kernels
 from ziphius.model.block import Block
 from ziphius.model.layers import Device, Linear, RMSNorm
@@ -39,7 +40,7 @@ class MTPModule(nn.Module):
         h_BTD: Tensor,
         embedded_BTD: Tensor,
         rope: Rope,
-        cache: LayerCache | None = None,
+        cache: LayerCache | LatentPages | None = None,
         documents_BT: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Go one depth on: ``h`` of position i meets the embedding of token i + k.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ziphius.config.errors import BadInput
 from ziphius.config.model import ModelConfig
+from ziphius.kernels.latent import LatentPages
 from ziphius.kernels.loss import linear_cross_entropy
 from ziphius.kernels.select import Kernels
 from ziphius.model.block import Block
@@ -24,12 +25,11 @@ from ziphius.model.router import Routing
 class Cache(Protocol):
     """The past of a batch of sequences, one part a layer."""
 
-    @property
-    def length(self) -> int:
-        """Positions that are kept already."""
+    def rope(self, model: Transformer, length: int) -> Rope:
+        """Return the rotary tables of the ``length`` new tokens."""
         ...
 
-    def layer(self, index: int) -> LayerCache:
+    def layer(self, index: int) -> LayerCache | LatentPages:
         """Return the part of one layer, by its global index."""
         ...
 
@@ -99,7 +99,8 @@ class Transformer(nn.Module):
         documents_BT: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Routing]]:
         """Run the main layers; return the final normed hidden state and every layer's routing."""
-        rope = self.rope(tokens_BT.shape[1], start=0 if cache is None else cache.length)
+        T = tokens_BT.shape[1]
+        rope = self.rope(T) if cache is None else cache.rope(self, T)
         x_BTD = self.embed_tokens(tokens_BT)
         routings = {}
         for index, block in enumerate(self.layers):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ziphius.config.errors import BadInput
+from ziphius.kernels.latent import LatentPages
 from ziphius.model.block import Attended, Block
 from ziphius.model.experts import RoutedExperts
 from ziphius.model.ffn import SwiGLU
@@ -78,7 +79,7 @@ def _attend_again(
     block: Block,
     x_BTD: Tensor,
     rope: Rope,
-    cache: LayerCache | None = None,
+    cache: LayerCache | LatentPages | None = None,
     chosen_NK: Tensor | None = None,
     documents_BT: Tensor | None = None,
 ) -> Attended:

@@ -28,12 +28,12 @@ template <class H> struct Soft {
     H largest = -std::numeric_limits<H>::max(), total = 0;
 };
 
-// Scores of a tile become weights; what was summed before fades by the result. Keys beyond `seen`
-// weigh nothing.
-template <class H> H soften(H* scores, Soft<H>& soft, H scale, int64_t seen) {
+// Scores of a tile become weights; what was summed before fades by the result. Keys before `from`
+// and from `seen` on weigh nothing.
+template <class H> H soften(H* scores, Soft<H>& soft, H scale, int64_t from, int64_t seen) {
     H most = soft.largest, sum = 0;
     for (int64_t i = 0; i < TILE; i++)
-        scores[i] = i < seen ? scores[i] * scale : -std::numeric_limits<H>::infinity();
+        scores[i] = from <= i && i < seen ? scores[i] * scale : -std::numeric_limits<H>::infinity();
     for (int64_t i = 0; i < TILE; i++) most = scores[i] > most ? scores[i] : most;
     H fading = exponential(soft.largest - most);
     for (int64_t i = 0; i < TILE; i++) scores[i] = exponential(scores[i] - most);
@@ -143,8 +143,8 @@ struct Work {
 
 template <class T>
 void attend(const T* q, const Cache<T>& cache, const int64_t* tables, int64_t table_row,
-            const int64_t* sequence, const int64_t* position, T* out, int64_t N, int64_t H,
-            wide<T> scale, int64_t threads) {
+            const int64_t* sequence, const int64_t* position, int64_t first, T* out, int64_t N,
+            int64_t H, wide<T> scale, int64_t threads) {
     using W = wide<T>;
     int64_t width = cache.C + cache.R;
     // Heads first, so that a single token keeps all threads busy; then neighbours of a sequence.
@@ -187,7 +187,7 @@ void attend(const T* q, const Cache<T>& cache, const int64_t* tables, int64_t ta
                     products(scores.data() + k, TILE, keys, k, queries, rows, memory);
                 for (int64_t r = 0; r < rows; r++) {
                     W* row = scores.data() + r * TILE;
-                    fading[r] = soften(row, soft[r], scale, ends[r] - key);
+                    fading[r] = soften(row, soft[r], scale, first - key, ends[r] - key);
                     narrow_row(weights.data() + r * TILE, row, TILE);
                 }
                 gather<T>(z.data(), weights.data(), fading, tile, width, rows, cache.C, seen);
@@ -244,13 +244,15 @@ void turn(const T* q, const wide<T>* cosine, const wide<T>* sine, T* out, int64_
 }  // namespace
 
 // q [N, H, C + R], pages [.., page, C + R], tables [sequences, table_row] of page numbers, sequence
-// and position [N] of every token, out [N, H, C]. Tokens of a sequence stand side by side.
+// and position [N] of every token, out [N, H, C]. Tokens of a sequence stand side by side. Keys
+// before position `first` are left out.
 extern "C" void latent_attend(int64_t type, const void* q, const void* pages, int64_t page,
                               const int64_t* tables, int64_t table_row, const int64_t* sequence,
-                              const int64_t* position, void* out, int64_t N, int64_t H, int64_t C,
-                              int64_t R, double scale, int64_t threads) {
+                              const int64_t* position, int64_t first, void* out, int64_t N,
+                              int64_t H, int64_t C, int64_t R, double scale, int64_t threads) {
     WITH_TYPE(type, attend<T>((const T*)q, Cache<T>{(const T*)pages, page, C, R}, tables, table_row,
-                              sequence, position, (T*)out, N, H, wide<T>(scale), threads))
+                              sequence, position, first, (T*)out, N, H, wide<T>(scale),
+                              threads))
 }
 
 // kv [N, C + R] before norm and rotation; cosine and sine [N, R / 2]; gain [C] of the type of kv.

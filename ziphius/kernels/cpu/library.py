@@ -37,7 +37,7 @@ SIGNATURES = {
     "grouped_rows": "nnppppnnnnn",
     "grouped_weight_gradient": "nnppppnnnn",
     "latent_append": "nppppppnnndn",
-    "latent_attend": "nppnpnpppnnnndn",
+    "latent_attend": "nppnpnppnpnnnndn",
     "latent_turn": "nppppnnnnnn",
     "mixture": "npppppnnnnnn",
     "norm_forward": "npnpppnndn",

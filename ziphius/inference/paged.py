@@ -1,0 +1,99 @@
+"""The latent cache in pages, and a step's tokens as the tensors that the model meets it with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ziphius.config.errors import BadInput
+from ziphius.inference.sequence import Chunk
+from ziphius.kernels.latent import TILE, LatentPages
+from ziphius.model.rope import Rope, rope_at
+from ziphius.model.transformer import Transformer
+
+
+class PagedCache:
+    """The rows of all sequences: ``(C + R) * layers`` numbers a slot, MTP layers included.
+
+    ``pages`` is ``[layers, n_pages, page_size, C + R]`` in the model's compute dtype, zero at
+    first: what was never written is finite, and weighs nothing.
+    """
+
+    def __init__(self, model: Transformer, n_pages: int, page_size: int) -> None:
+        if page_size < 1 or page_size % TILE:
+            raise BadInput(f"page_size = {page_size}: use a multiple of {TILE}")
+        c = model.config
+        layers = len(model.layers) + len(model.mtp)
+        width = c.kv_lora_rank + c.qk_rope_head_dim
+        self.page_size = page_size
+        self.pages = torch.zeros(layers, n_pages, page_size, width, dtype=model.precision.compute)
+        positions_T = torch.arange(c.max_position_embeddings)
+        self._rope = rope_at(c, positions_T, model.precision.high)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return self.pages.nbytes
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy pages (source, target), in order."""
+        for source, target in pairs:
+            self.pages[:, target] = self.pages[:, source]
+
+    def rope(self, positions_N: Tensor) -> Rope:
+        """Return the rotary tables of any positions."""
+        return Rope(self._rope.cos_Tr[positions_N], self._rope.sin_Tr[positions_N])
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Tokens of one sequence in a batch, at ``start`` and behind; ``slots`` as in ``Chunk``."""
+
+    table: Sequence[int]
+    start: int
+    tokens: Sequence[int]
+    slots: Sequence[int]
+
+    @classmethod
+    def of(cls, chunk: Chunk) -> Feed:
+        """Return what the main layers are fed of a chunk."""
+        return cls(chunk.table.pages, chunk.start, chunk.tokens, chunk.slots)
+
+
+class Batch:
+    """The tokens of a step, flattened: ``[1, N]`` for the model, which takes this as its cache.
+
+    ``turned`` is how far the rotary positions lie before those of the cache: 1 for MTP layers, the
+    row of whose first token does not exist.
+    """
+
+    def __init__(self, cache: PagedCache, feeds: Sequence[Feed], turned: int = 0) -> None:
+        self.cache, self.turned = cache, turned
+        tokens: list[int] = []
+        sequence: list[int] = []
+        position: list[int] = []
+        slots: list[int] = []
+        longest = max(len(feed.table) for feed in feeds)
+        tables = []
+        for number, feed in enumerate(feeds):
+            count = len(feed.tokens)
+            tokens += feed.tokens
+            sequence += [number] * count
+            position += range(feed.start, feed.start + count)
+            slots += feed.slots
+            tables.append([*feed.table, *[0] * (longest - len(feed.table))])
+        self.tokens_BT = torch.tensor([tokens])
+        self._slots_N, self._tables = torch.tensor(slots), torch.tensor(tables)
+        self._sequence_N, self._position_N = torch.tensor(sequence), torch.tensor(position)
+
+    def rope(self, model: Transformer, length: int) -> Rope:
+        """Return the rotary tables of the tokens."""
+        return self.cache.rope(self._position_N - self.turned)
+
+    def layer(self, index: int) -> LatentPages:
+        """Return a layer's pages and the tokens' places in them."""
+        where = (self._slots_N, self._tables, self._sequence_N, self._position_N)
+        return LatentPages(self.cache.pages[index], *where, first=self.turned)
