@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,14 @@ def answering_kernels(folder: Path | None) -> Kernels:
         return Kernels(mixture="reference")
     compiled = {op: COMPILED for op, (_, function) in OPERATIONS.items() if function is not None}
     return Kernels(**compiled, library=build(folder))
+
+
+def fast_kernels(folder: Path | None) -> Kernels:
+    """Choose torch's products, whose sums may depend on the batch, and compiled passes beside."""
+    if folder is None:
+        return Kernels()
+    kernels = compiled_kernels(folder)
+    return replace(kernels, latent=COMPILED, sigmoid=COMPILED, gate=COMPILED)
 
 
 def has_compiler() -> bool:

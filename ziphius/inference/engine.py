@@ -1,0 +1,284 @@
+"""The engine: requests in, tokens out, a step at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ziphius.config.errors import BadInput
+from ziphius.inference.answer import Answer
+from ziphius.inference.forward import Forward
+from ziphius.inference.grammar import Grammars, Matcher
+from ziphius.inference.logits import Row
+from ziphius.inference.noise import fresh_seed
+from ziphius.inference.paged import Feed, PagedCache
+from ziphius.inference.pages import PagePool
+from ziphius.inference.params import SamplingParams
+from ziphius.inference.request import Request
+from ziphius.inference.scheduler import FOREVER, Scheduler
+from ziphius.inference.sequence import Chunk, Sequence, Stats
+from ziphius.inference.speculation import Acceptance, Drafter, Mode, Pace
+from ziphius.inference.vocabulary import Vocabulary
+from ziphius.model.transformer import Transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Limits and modes of an engine. ``cache_tokens`` is the room for all requests together."""
+
+    cache_tokens: int = 16_384
+    page_size: int = 32
+    max_running: int = 16
+    max_step_tokens: int = 2048
+    prefill_chunk: int = 512
+    max_waiting: int = 1024
+    max_waiting_tokens: int = 1_000_000
+    prefix_cache: bool = True
+    exact: bool = True
+    speculation: Mode = "auto"
+    draft_depth: int = 1
+
+
+class Engine:
+    """Answers many requests at once with one model, on the thread that calls it.
+
+    In exact mode a request's tokens and log-probabilities are the same bits alone or in a batch,
+    with a prompt computed whole or in chunks, from a cold or a warm prefix, with or without
+    speculation, preempted or not (design seam 11).
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        vocabulary: Vocabulary | None = None,
+        options: EngineOptions | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        options = options or EngineOptions()
+        c = model.config
+        self.model, self.vocabulary, self.options, self.clock = model, vocabulary, options, clock
+        self.end_ids = frozenset(
+            c.eos_token_id if isinstance(c.eos_token_id, tuple) else (c.eos_token_id,)
+        )
+        n_pages = -(-options.cache_tokens // options.page_size)
+        self.cache = PagedCache(model, n_pages, options.page_size)
+        self.pool = PagePool(n_pages, options.page_size, reuse=options.prefix_cache)
+        self.forward = Forward(model, self.cache, exact=options.exact)
+        drafting = options.speculation != "off" and len(model.mtp) > 0
+        if options.speculation == "on" and not model.mtp:
+            raise BadInput("speculation = on: this checkpoint has no MTP module to draft with")
+        self.pace = Pace(options.speculation if drafting else "off", options.draft_depth)
+        self.drafter = Drafter(self.forward) if drafting else None
+        self.scheduler = Scheduler(
+            self.pool,
+            max_running=options.max_running,
+            max_step_tokens=max(options.max_step_tokens, options.max_running),
+            prefill_chunk=options.prefill_chunk,
+            max_waiting=options.max_waiting,
+            max_waiting_tokens=options.max_waiting_tokens,
+            recompute=int(drafting),
+        )
+        self.acceptance = Acceptance()
+        self.steps = self.tokens = 0
+        self.batched = 0  # running sequences, summed over decoding steps
+        self._grammars: Grammars | None = None
+        self._requests: dict[Sequence, tuple[Request, Answer]] = {}
+        self._numbered = 0
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def add(
+        self,
+        prompt_ids: List[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        prompt: str | None = None,
+        priority: int = 0,
+        salt: bytes = b"",
+        deadline: float = FOREVER,
+        score_only: bool = False,
+    ) -> Request:
+        """Put a request into the queue.
+
+        Raises BadInput for what can never be answered and QueueFull for what can't be now.
+        ``deadline`` is a time of the engine's clock. ``score_only`` chooses no token.
+        """
+        self._check(prompt_ids, params)
+        room = self.model.config.max_position_embeddings - len(prompt_ids)
+        most = 0 if score_only else min(params.max_tokens or room, room)
+        seed = fresh_seed() if params.seed is None else params.seed
+        # Made before the queue is asked: what can't be made must not wait there.
+        answers = [
+            Answer(
+                params, prompt_ids, index, seed, self.end_ids, self.vocabulary,
+                self._matcher(params),
+            )
+            for index in range(params.n)
+        ]  # fmt: skip
+        sequences = self.scheduler.add(
+            list(prompt_ids),
+            most,
+            n=params.n,
+            priority=priority,
+            salt=salt,
+            deadline=deadline,
+            prompt_logprobs=params.prompt_logprobs is not None,
+        )
+        self._numbered += 1
+        name = request_id if request_id is not None else f"request-{self._numbered}"
+        request = Request(name, prompt, prompt_ids, params, answers)
+        request.sequences = sequences
+        for sequence, answer in zip(sequences, answers, strict=True):
+            self._requests[sequence] = (request, answer)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request now, at any moment between two steps; what it has written stays."""
+        for sequence, answer in zip(request.sequences, request.answers, strict=True):
+            self.scheduler.cancel(sequence)
+            answer.abort()
+            self._requests.pop(sequence, None)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.scheduler.idle
+
+    def stats(self) -> Stats:
+        """Return the scheduler's numbers of this moment."""
+        return self.scheduler.stats()
+
+    def _check(self, prompt_ids: List[int], params: SamplingParams) -> None:
+        c = self.model.config
+        if not prompt_ids:
+            raise BadInput("the prompt is empty: give at least one token to go on from")
+        outside = [token for token in prompt_ids if not 0 <= token < c.vocab_size]
+        if outside:
+            raise BadInput(
+                f"token id {outside[0]} is outside the model's vocabulary of {c.vocab_size}: "
+                "the tokenizer belongs to another model"
+            )
+        if len(prompt_ids) >= c.max_position_embeddings:
+            raise BadInput(
+                f"the prompt has {len(prompt_ids)} tokens and the model's context "
+                f"{c.max_position_embeddings}: shorten the prompt"
+            )
+        params.check_vocabulary(c.vocab_size)
+
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        if params.constraint is None:
+            return None
+        if self.vocabulary is None:
+            raise BadInput("a grammar needs a tokenizer: this model has none")
+        if self._grammars is None:
+            size = self.model.config.vocab_size
+            self._grammars = Grammars(self.vocabulary, self.end_ids, size)
+        return self._grammars.matcher(params.constraint)
+
+    # --- a step -----------------------------------------------------------------------------------
+
+    def step(self) -> list[Request]:
+        """Compute the next step; return the requests that have something new."""
+        began = self.clock()
+        step = self.scheduler.schedule(began)
+        touched: dict[Request, None] = {}
+        for sequence in step.expired:
+            request, answer = self._requests.pop(sequence)
+            answer.fail("the request's time was up: ask for fewer tokens or give it more time")
+            touched[request] = None
+        if not step.chunks:
+            return list(touched)
+        self.cache.copy(step.copies)
+        hidden_ND = self.forward.hidden([Feed.of(chunk) for chunk in step.chunks])
+        rows = self._logits(step.chunks, hidden_ND)
+        confirmed: dict[Sequence, list[int]] = {}
+        finished = []
+        for chunk, chunk_rows in zip(step.chunks, rows, strict=True):
+            request, answer = self._requests[chunk.sequence]
+            request.score_prompt(chunk, chunk_rows)
+            if not chunk.ends:
+                continue
+            touched[request] = None
+            new = self._choose(chunk, chunk_rows, request, answer)
+            if new:
+                confirmed[chunk.sequence] = new
+            if answer.finished:
+                finished.append(chunk.sequence)
+        self.scheduler.update(step, confirmed, finished)
+        drafting = self._draft(step.chunks, hidden_ND)
+        for sequence in finished:
+            del self._requests[sequence]
+        self._count(step.chunks, confirmed, drafting, began)
+        return list(touched)
+
+    def _logits(self, chunks: List[Chunk], hidden_ND: Tensor) -> list[list[Row]]:
+        """Return the logits that each chunk wants, a row a position."""
+        wanted: list[int] = []
+        end = 0
+        for chunk in chunks:
+            end += len(chunk.tokens)
+            wanted += range(end - chunk.logits, end)
+        if not wanted:
+            return [[] for _ in chunks]
+        logits = self.forward.logits(hidden_ND[torch.tensor(wanted)]).numpy()
+        rows, start = [], 0
+        for chunk in chunks:
+            rows.append(list(logits[start : start + chunk.logits]))
+            start += chunk.logits
+        return rows
+
+    def _choose(self, chunk: Chunk, rows: List[Row], request: Request, answer: Answer) -> list[int]:
+        """Choose a chunk's tokens and end its answer where it ends."""
+        sequence = chunk.sequence
+        if sequence.max_length == sequence.prompt_length:
+            answer.stop_at_length()
+            return []
+        first = len(chunk.tokens) - chunk.drafts
+        new = answer.take(rows[len(rows) - 1 - chunk.drafts :], chunk.tokens[first:])
+        if chunk.drafts:
+            accepted = max(0, len(new) - 1)
+            if len(new) == chunk.drafts and new == chunk.tokens[first:]:
+                accepted = len(new)  # the answer ended with a draft
+            self.acceptance.note(chunk.drafts, accepted)
+            request.drafted += chunk.drafts
+            request.accepted += accepted
+        if len(sequence.tokens) + len(new) >= sequence.max_length:
+            answer.stop_at_length()
+        return new
+
+    def _draft(self, chunks: List[Chunk], hidden_ND: Tensor) -> bool:
+        """Keep the MTP rows and set drafts, where that pays; say whether it was done."""
+        if self.drafter is None:
+            return False
+        running = sum(chunk.sequence.state == "running" for chunk in chunks)
+        depth = self.pace.drafts(running)
+        if not depth:
+            self.drafter.skip(chunks)
+            return False
+        answers = [
+            self._requests[chunk.sequence][1] if chunk.sequence.state == "running" else None
+            for chunk in chunks
+        ]
+        self.drafter.propose(chunks, hidden_ND, answers, depth)
+        return True
+
+    def _count(
+        self,
+        chunks: List[Chunk],
+        confirmed: dict[Sequence, list[int]],
+        drafting: bool,
+        began: float,
+    ) -> None:
+        new = sum(map(len, confirmed.values()))
+        self.steps += 1
+        self.tokens += new
+        self.batched += len(chunks)
+        if all(len(chunk.tokens) == 1 + chunk.drafts for chunk in chunks):
+            self.pace.note(len(chunks), drafting, new, self.clock() - began)
