@@ -33,9 +33,10 @@ def main() -> None:
     parser.add_argument("--group-sizes", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--tokens", type=int, default=65536, help="of the calibration text")
     parser.add_argument("--bytes", type=int, default=400_000, help="of held-out text")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--record", action="store_true", help="keep the result in results/")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     recipe, source = load_recipe(str(options.run / "recipe.toml")), options.run / "checkpoint"
     corpus, length = read_corpus(recipe.data), recipe.pretrain.sequence_length
     rows = heldout_rows(corpus.heldout, load_tokenizer(source), length, options.bytes)
