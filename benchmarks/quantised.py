@@ -8,6 +8,7 @@ and the figures as JSON in the last line.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from itertools import product
 from pathlib import Path
@@ -24,6 +25,7 @@ from ziphius.data.corpus import read_corpus
 from ziphius.data.heldout import HeldoutRows, heldout_rows
 from ziphius.data.tokenizer import load_tokenizer
 from ziphius.inference.gptq import Calibration, Gptq
+from ziphius.model.transformer import Transformer
 from ziphius.training.validate import bits_per_byte, mtp_agreement
 
 
@@ -46,6 +48,7 @@ def main() -> None:
         # Documents of all sources in turn, so that the text is like the whole.
         every = corpus.train[:: max(1, len(corpus.train) // 100)]
         text.write_text("\n\n".join(document.text[:4000] for document in every), "utf-8")
+        first: Transformer | None = None
         for name, to, size, how in _cases(options.group_sizes, options.tokens, length):
             folder = Path(f"{target}-{name.replace(' ', '-')}")
             if how is None:
@@ -53,12 +56,14 @@ def main() -> None:
             else:
                 with Calibration(source, text, how) as quantizer:
                     convert(source, folder, to, quantizer=quantizer)
-            figures["forms"][name] = found = _measured(folder, rows)
+            model = load(folder, "float32")
+            first = first or model
+            figures["forms"][name] = found = _measured(folder, model, first, rows)
             if how is not None:
                 found["experts_rounded"] = quantizer.experts_rounded
             loss = found["bits_per_byte"] - figures["forms"]["bf16"]["bits_per_byte"]
             found["loss"] = round(loss, 5)
-            print(f"{name:28} {found['bits_per_byte']:.4f} bpb  {loss:+.4f}  {found['bytes']:,} B",
+            print(f"{name:28} {found['bits_per_byte']:.4f} bpb  {loss:+.4f}  KL {found['divergence']:.5f}  {found['bytes']:,} B",
                   flush=True)  # fmt: skip
     report("quantised", figures, record=options.record)
 
@@ -75,17 +80,22 @@ def _cases(sizes: list[int], tokens: int, length: int) -> list[tuple[str, str, i
     return cases
 
 
-def _measured(folder: Path, rows: HeldoutRows) -> dict[str, Any]:
-    model = load(folder, "float32")
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def _measured(
+    folder: Path, model: Transformer, first: Transformer, rows: HeldoutRows
+) -> dict[str, Any]:
+    """``divergence`` is KL from the unquantised model in bits a token, on the first rows."""
     few = slice(32)
-    agreement = mtp_agreement(model, rows.tokens_MT[few], rows.targets_MT[few])
+    tokens_BT = rows.tokens_MT[few]
+    agreement = mtp_agreement(model, tokens_BT, rows.targets_MT[few])
+    with torch.no_grad():
+        right, found = (m(tokens_BT).double().log_softmax(-1) for m in (first, model))
+    divergence = float((right.exp() * (right - found)).sum(-1).mean()) / math.log(2)
+    bits = bits_per_byte(model, rows.tokens_MT, rows.targets_MT, rows.bytes)
     return {
-        "bits_per_byte": round(
-            bits_per_byte(model, rows.tokens_MT, rows.targets_MT, rows.bytes), 5
-        ),
+        "bits_per_byte": round(bits, 5),
+        "divergence": round(divergence, 6),
         "mtp_agreement": None if agreement is None else round(agreement, 4),
-        "bytes": weights,
+        "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
     }
 
 

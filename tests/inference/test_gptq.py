@@ -25,7 +25,8 @@ HOW = Gptq(bits=4, group_size=16, sequence_length=32, least_rows=24)
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model whose tokenizer knows the text, and the text beside it."""
     folder = tmp_path_factory.mktemp("gptq")
-    save(random_model(vocab_size=300, num_nextn_predict_layers=2), folder / "source")
+    model = random_model(vocab_size=300, num_nextn_predict_layers=2)
+    save(model, folder / "source", dtype="bfloat16")
     save_tokenizer(train_tokenizer([TEXT], 300), folder / "source")
     (folder / "text.txt").write_text(TEXT, "utf-8")
     return folder / "source"
@@ -170,3 +171,29 @@ def test_a_quantizer_of_another_width_is_refused(source: Path, tmp_path: Path) -
         pytest.raises(BadInput, match="integers of 4 bits"),
     ):
         convert(source, tmp_path / "gptq", to="int8", quantizer=quantizer)
+
+
+def test_later_layers_read_what_quantised_ones_write(source: Path, tmp_path: Path) -> None:
+    """The Hessian of the second layer is that of the quantised first layer's output."""
+    name, seen = "model.layers.1.self_attn.q_a_proj.weight", {}
+    with Calibration(source, source.parent / "text.txt", HOW) as quantizer:
+        find = quantizer.codes
+
+        def watched(asked: str, weight: torch.Tensor) -> Any:
+            codes = find(asked, weight)
+            if asked == name:
+                assert quantizer._inputs is not None
+                seen["hessian"] = quantizer._inputs.hessian(name).clone()
+            return codes
+
+        quantizer.codes = watched  # type: ignore[method-assign]
+        convert(source, tmp_path / "gptq", to="int4", quantizer=quantizer)
+        batches = quantizer._tokens
+    model = load(tmp_path / "gptq", dtype="float32")
+    expected = torch.zeros_like(seen["hessian"])
+    with torch.no_grad():
+        for tokens in batches:
+            x_BTD, _ = model.layers[0](model.embed_tokens(tokens), model.rope(tokens.shape[1]))
+            x_ND = model.layers[1].input_layernorm(x_BTD).flatten(0, 1)
+            expected += x_ND.T @ x_ND
+    torch.testing.assert_close(seen["hessian"], expected, rtol=1e-3, atol=1e-2)
