@@ -63,8 +63,8 @@ def main() -> None:
                 found["experts_rounded"] = quantizer.experts_rounded
             loss = found["bits_per_byte"] - figures["forms"]["bf16"]["bits_per_byte"]
             found["loss"] = round(loss, 5)
-            print(f"{name:28} {found['bits_per_byte']:.4f} bpb  {loss:+.4f}  KL {found['divergence']:.5f}  {found['bytes']:,} B",
-                  flush=True)  # fmt: skip
+            shown = f"{found['bits_per_byte']:.4f} bpb {loss:+.4f}, KL {found['divergence']:.5f}"
+            print(f"{name:24} {shown}, {found['bytes']:,} B", flush=True)
     report("quantised", figures, record=options.record)
 
 
