@@ -18,9 +18,13 @@ from ziphius.checkpoint.huggingface import (
     write_json,
 )
 from ziphius.checkpoint.keys import Comparison, layer_of
-from ziphius.checkpoint.shards import MAX_SHARD_BYTES, ShardReader, write_shards
+from ziphius.checkpoint.shards import ShardReader, write_shards
 from ziphius.config.errors import BadInput
 from ziphius.kernels.quantize import GROUP_SIZE
+
+# A shard is in memory about twice while it is written: smaller ones than a model's own let a laptop
+# convert what it could not load.
+SHARD_BYTES = 2**30
 
 
 def convert(
@@ -31,7 +35,7 @@ def convert(
     mtp: bool = True,
     group_size: int = GROUP_SIZE,
     quantizer: Quantizer | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = SHARD_BYTES,
     on_tensor: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Write the checkpoint ``source`` as ``target`` with weights stored as ``to``.
