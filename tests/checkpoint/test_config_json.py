@@ -18,10 +18,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 
 from ziphius.checkpoint.config_json import (
     config_json,
-    quantization_block,
     raw_config,
     read_config,
     stored_dtype,
+    stored_form,
 )
 from ziphius.config.errors import BadInput
 from ziphius.config.model import ModelConfig, Yarn
@@ -133,7 +133,7 @@ def test_the_published_config_is_read(tmp_path: Path) -> None:
     folder = write(tmp_path, PUBLISHED)
     assert read_config(folder) == V3
     assert stored_dtype(raw_config(folder)) == torch.bfloat16
-    assert quantization_block(raw_config(folder)) == (128, 128)
+    assert stored_form(raw_config(folder)) == (128, 128)
 
 
 def test_the_presets_equal_the_published_config(tmp_path: Path) -> None:
@@ -324,12 +324,12 @@ def test_other_quantisation_is_refused(tmp_path: Path, key: str, value: Any) -> 
 
 
 def test_accepted_quantisation_and_dtypes() -> None:
-    assert quantization_block({}) is None
-    assert quantization_block({"quantization_config": None}) is None
+    assert stored_form({}) is None
+    assert stored_form({"quantization_config": None}) is None
     scheme = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    assert quantization_block({"quantization_config": scheme}) == (128, 128)
+    assert stored_form({"quantization_config": scheme}) == (128, 128)
     v31 = {**scheme, "fmt": "e4m3", "activation_scheme": "dynamic", "scale_fmt": "ue8m0"}
-    assert quantization_block({"quantization_config": v31}) == (128, 128)
+    assert stored_form({"quantization_config": v31}) == (128, 128)
     assert stored_dtype({}) == torch.float32
     assert stored_dtype({"torch_dtype": "torch.float16"}) == torch.float16
     assert stored_dtype({"dtype": "float32", "torch_dtype": "bfloat16"}) == torch.float32

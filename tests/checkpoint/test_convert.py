@@ -221,7 +221,7 @@ def test_a_target_that_holds_something_is_refused(official: Path, tmp_path: Path
     assert_same(load(older), weights(model))
 
 
-@pytest.mark.parametrize(("form", "hint"), [("fp8", "fp32"), ("bfloat16", "bf16"), ("", "bf16")])
+@pytest.mark.parametrize(("form", "hint"), [("fp16", "fp"), ("bfloat16", "bf16"), ("", "bf16")])
 def test_unknown_forms_are_refused(official: Path, tmp_path: Path, form: str, hint: str) -> None:
     text = refused(official, tmp_path / "target", to=form)
     assert f"--to {form}" in text

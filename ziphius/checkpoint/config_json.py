@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from ziphius.checkpoint.compressed import METHOD, Packed, read_packed_config
 from ziphius.checkpoint.fp8 import BLOCK
 from ziphius.config.errors import BadInput
 from ziphius.config.model import ModelConfig, Yarn
@@ -121,7 +122,7 @@ def read_config(folder: Path) -> ModelConfig:
     raw = raw_config(folder)
     where = str(folder / CONFIG_FILE)
     _require_this_network(raw, where)
-    quantization_block(raw, where=where)
+    stored_form(raw, where=where)
     stored_dtype(raw, where=where)
     missing = [key for key in _COPIED if key not in raw]
     if missing:
@@ -145,21 +146,24 @@ def read_config(folder: Path) -> ModelConfig:
     return config
 
 
-def quantization_block(
+def stored_form(
     raw: Mapping[str, Any], *, where: str = CONFIG_FILE
-) -> tuple[int, int] | None:
-    """Return the (rows, columns) that share a scale in FP8 weights, None if nothing is quantised.
+) -> tuple[int, int] | Packed | None:
+    """Return how quantised weights are stored, None if none are.
 
-    Raises BadInput for every scheme but the published one: E4M3, 128 x 128 blocks, and activations
-    quantised while the network runs (facts 1.8, 4.2). ``where`` begins the message.
+    FP8 has the (rows, columns) that share a scale. Raises BadInput for every scheme but two: the
+    published one, which is E4M3, 128 x 128 blocks, and activations quantised while the network
+    runs (facts 1.8, 4.2); and the integers of ``read_packed_config``. ``where`` begins the message.
     """
     scheme = raw.get("quantization_config")
     if scheme is None:
         return None
     if not isinstance(scheme, dict):
-        _refuse(where, "quantization_config", scheme, "a table with quant_method 'fp8', or null")
+        _refuse(where, "quantization_config", scheme, "a table with a quant_method, or null")
+    if scheme.get("quant_method") == METHOD:
+        return read_packed_config(scheme, where)
     supported: dict[str, tuple[Any, ...]] = {
-        "quant_method": ("fp8",),
+        "quant_method": ("fp8", METHOD),
         "fmt": ("e4m3", None),
         "weight_block_size": (list(BLOCK),),
         "activation_scheme": ("dynamic", None),

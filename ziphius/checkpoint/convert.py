@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ziphius.checkpoint.config_json import CONFIG_FILE, quantization_block, raw_config, read_config
+from ziphius.checkpoint.config_json import CONFIG_FILE, raw_config, read_config, stored_form
 from ziphius.checkpoint.files import check_manifest, is_weight_file, replace_directory
+from ziphius.checkpoint.forms import RECORD, Form, Quantizer, form_of
 from ziphius.checkpoint.huggingface import (
     WeightReader,
     check_vocabulary,
     checkpoint_folder,
-    stored_as,
     write_json,
 )
-from ziphius.checkpoint.keys import Comparison
-from ziphius.checkpoint.shards import MAX_SHARD_BYTES, ShardReader, write_shards
+from ziphius.checkpoint.keys import Comparison, layer_of
+from ziphius.checkpoint.shards import ShardReader, write_shards
 from ziphius.config.errors import BadInput
-from ziphius.config.table import nearest
+from ziphius.kernels.quantize import GROUP_SIZE
 
-FORMS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# A shard is in memory about twice while it is written: smaller ones than a model's own let a laptop
+# convert what it could not load.
+SHARD_BYTES = 2**30
 
 
 def convert(
@@ -33,63 +33,62 @@ def convert(
     to: str = "bf16",
     *,
     mtp: bool = True,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    group_size: int = GROUP_SIZE,
+    quantizer: Quantizer | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
     on_tensor: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Write the checkpoint ``source`` as ``target`` with weights stored as ``to``: bf16 or fp32.
+    """Write the checkpoint ``source`` as ``target`` with weights stored as ``to``.
 
-    FP8 sources are dequantised. Tokenizer and other files come along; the config keeps what it says
-    beyond the network. ``on_tensor`` gets (tensors done, tensors in all). Returns how the source's
-    tensors compared with its config. Raises BadInput as ``load`` does, and when the target holds
-    anything already.
+    ``to`` is bf16, fp32, fp8 (the published blocks), int8 or int4 (``compressed-tensors``, with a
+    scale every ``group_size`` inputs, -1 for one a row). Integers are rounded to unless a
+    ``quantizer`` finds them. Quantised sources are dequantised. Tokenizer and other files come
+    along; the config keeps what it says beyond the network. ``on_tensor`` gets (tensors done,
+    tensors in all). Returns how the source's tensors compared with its config. Raises BadInput as
+    ``load`` does, and when the target holds anything already.
     """
-    if to not in FORMS:
-        raise BadInput(f"--to {to}: not a form this version writes{nearest(to, FORMS)}")
+    form = form_of(to, group_size, quantizer)
     folder, target = checkpoint_folder(Path(source)), Path(target)
     if target.is_dir() and any(target.iterdir()):
         raise BadInput(f"{target}: is not empty: remove it or name another target")
-    raw, config, dtype = raw_config(folder), read_config(folder), FORMS[to]
+    raw, config = raw_config(folder), read_config(folder)
     if not mtp:
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
     check_vocabulary(folder, config)
     with ShardReader(folder) as reader, replace_directory(target) as writing:
         check_manifest(folder, only=reader.files())
-        weights = WeightReader(reader, config, quantization_block(raw))
+        weights = WeightReader(reader, config, stored_form(raw))
         comparison = weights.require_complete(skip_mtp=not mtp)
         _copy_other_files(folder, writing)
-        write_json(
-            writing / CONFIG_FILE, _converted_config(raw, config.num_nextn_predict_layers, to)
-        )
-        tensors = _converted(weights, sorted(weights.wanted()), dtype, on_tensor)
+        names = sorted(weights.wanted(), key=lambda name: (layer_of(name), name))
+        tensors = _converted(weights, names, form, on_tensor)
         write_shards(writing, tensors, max_shard_bytes=max_shard_bytes)
+        converted = _converted_config(raw, config.num_nextn_predict_layers, form)
+        write_json(writing / CONFIG_FILE, converted)
     return comparison
 
 
 def _converted(
     weights: WeightReader,
     names: list[str],
-    dtype: torch.dtype,
+    form: Form,
     on_tensor: Callable[[int, int], None] | None,
-) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the target's tensors layer after layer, which is the order that calibration needs."""
     for done, name in enumerate(names):
         if on_tensor is not None:
             on_tensor(done, len(names))
-        stored = stored_as(name, dtype)
-        yield name, partial(_read_as, weights, name, stored)
+        yield from form.tensors(weights, name)
     if on_tensor is not None:
         on_tensor(len(names), len(names))
 
 
-def _read_as(weights: WeightReader, name: str, dtype: torch.dtype) -> Tensor:
-    return weights.read(name, dtype).to(dtype)
-
-
-def _converted_config(raw: dict[str, object], mtp_layers: int, to: str) -> dict[str, object]:
-    name = str(FORMS[to]).removeprefix("torch.")
-    kept = {key: value for key, value in raw.items() if key != "quantization_config"}
-    kept.pop("num_mtp_layers", None)
+def _converted_config(raw: dict[str, object], mtp_layers: int, form: Form) -> dict[str, object]:
+    name = str(form.dtype).removeprefix("torch.")
+    gone = ("quantization_config", "num_mtp_layers", RECORD)
+    kept = {key: value for key, value in raw.items() if key not in gone}
     kept |= {"torch_dtype": name, "dtype": name, "num_nextn_predict_layers": mtp_layers}
-    return kept
+    return kept | form.config()
 
 
 def _copy_other_files(source: Path, target: Path) -> None:

@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ziphius.checkpoint import keys
+from ziphius.checkpoint.compressed import (
+    SHAPE,
+    Packed,
+    is_packed,
+    read_packed,
+    require_layout,
+)
 from ziphius.checkpoint.config_json import (
     CONFIG_FILE,
     config_json,
-    quantization_block,
     raw_config,
     read_config,
     stored_dtype,
+    stored_form,
 )
 from ziphius.checkpoint.files import check_manifest, recover_directory, replace_directory
 from ziphius.checkpoint.fp8 import SCALE_SUFFIX, dequantize_blocks, is_quantized
@@ -24,6 +32,7 @@ from ziphius.checkpoint.shards import MAX_SHARD_BYTES, ShardReader, write_shards
 from ziphius.config.errors import BadInput
 from ziphius.config.model import ModelConfig
 from ziphius.config.table import nearest
+from ziphius.kernels.quantize import QuantizedWeight
 from ziphius.model.precision import DTYPES, Precision
 from ziphius.model.transformer import Transformer
 from ziphius.model.weights import ROUTING_BIAS, named_weights
@@ -43,9 +52,9 @@ def load(
     """Read a checkpoint as a module in evaluation mode: token ids ``[B, T]`` to ``[B, T, V]``.
 
     ``path`` is a Hugging Face folder or a run folder. ``dtype`` is what weights are stored and
-    computed in, by default what the config says; routing biases are FP32 all the same. FP8 weights
-    are dequantised. ``mtp=False`` leaves MTP modules out, present or not. ``verify`` compares the
-    weights with their checksums, where there is a manifest.
+    computed in, by default what the config says; routing biases are FP32 all the same. Quantised
+    weights (FP8 blocks, packed integers) are dequantised. ``mtp=False`` leaves MTP modules out,
+    present or not. ``verify`` compares the weights with their checksums, where there is a manifest.
 
     Raises BadInput for a checkpoint of another architecture, missing, unused or misshapen tensors,
     and damaged files.
@@ -59,7 +68,7 @@ def load(
     with ShardReader(folder) as reader:
         # Of the other files a user may have changed some on purpose.
         check_manifest(folder, checksums=verify, only=reader.files())
-        reading = WeightReader(reader, config, quantization_block(raw))
+        reading = WeightReader(reader, config, stored_form(raw))
         reading.require_complete(skip_mtp=not mtp)
         model = Transformer(config, precision, device="meta").to_empty(device=device)
         reading.read_into(model)
@@ -72,7 +81,7 @@ def read_weights(model: Transformer, folder: Path) -> None:
     Raises BadInput, before anything is set, for missing, unused or misshapen tensors.
     """
     with ShardReader(folder) as reader:
-        reading = WeightReader(reader, model.config, quantization_block(raw_config(folder)))
+        reading = WeightReader(reader, model.config, stored_form(raw_config(folder)))
         reading.require_complete(skip_mtp=False)
         reading.read_into(model)
 
@@ -132,13 +141,25 @@ def stored_as(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.endswith(ROUTING_BIAS) else dtype
 
 
+class Fp8Weight(NamedTuple):
+    """A matrix as an FP8 checkpoint stores it: E4M3 ``[O, I]`` and FP32 scales a block, which
+    multiply (facts 4.2).
+    """
+
+    codes: Tensor
+    scale_inv: Tensor
+
+
 class WeightReader:
-    """A checkpoint's tensors, dequantised and compared with its config."""
+    """A checkpoint's tensors, dequantised and compared with its config.
+
+    ``form`` is what ``stored_form`` says of the config.
+    """
 
     def __init__(
-        self, reader: ShardReader, config: ModelConfig, block: tuple[int, int] | None
+        self, reader: ShardReader, config: ModelConfig, form: tuple[int, int] | Packed | None
     ) -> None:
-        self.reader, self.config, self.block = reader, config, block
+        self.reader, self.config, self.form = reader, config, form
         self.names = reader.names()
         self.shapes = keys.expected_shapes(config)
 
@@ -152,8 +173,11 @@ class WeightReader:
         comparison = keys.compare(found, self.config)
         keys.require_complete(comparison, self.config, str(self.reader.folder))
         for name in self.shapes:
-            keys.require_shape(name, self.reader.shape(name), self.shapes)
-            self._require_weights(name)
+            if is_packed(name, self.names):
+                require_layout(name, self.shapes[name], self._packed(name), self.reader, self.names)
+            else:
+                keys.require_shape(name, self.reader.shape(name), self.shapes)
+                self._require_weights(name)
         self._require_equal_copies()
         return comparison
 
@@ -164,17 +188,40 @@ class WeightReader:
             weight.copy_(self.read(name, torch.promote_types(weight.dtype, torch.float32)))
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Return one weight, dequantised to ``dtype`` if it is FP8, else as it is stored."""
+        """Return one weight, dequantised to ``dtype`` if it is quantised, else as it is stored."""
+        stored = self.stored(name)
+        if isinstance(stored, QuantizedWeight):
+            return stored.dequantize(dtype)
+        if isinstance(stored, Fp8Weight):
+            assert isinstance(self.form, tuple), "stored() has checked it"
+            return dequantize_blocks(*stored, dtype, self.form, name=name)
+        return stored
+
+    def stored(self, name: str) -> Tensor | Fp8Weight | QuantizedWeight:
+        """Return one weight as the file has it: codes and scales if it is quantised."""
+        if is_packed(name, self.names):
+            packed = read_packed(name, self._packed(name), self.reader)
+            if name in self.shapes:
+                said = name + SHAPE
+                keys.require_shape(said, packed.shape, {said: self.shapes[name]})
+            return packed
         tensor = self.reader.read(name)
         if not is_quantized(name, self.names):
             return tensor
-        if self.block is None:
+        if not isinstance(self.form, tuple):
             raise BadInput(
                 f"{self.reader.folder}: {name} has FP8 scales but config.json has no "
-                "quantization_config: restore the config of the FP8 checkpoint"
+                "quantization_config of FP8: restore the config of the FP8 checkpoint"
             )
-        scale_inv = self.reader.read(name + SCALE_SUFFIX)
-        return dequantize_blocks(tensor, scale_inv, dtype, self.block, name=name)
+        return Fp8Weight(tensor, self.reader.read(name + SCALE_SUFFIX))
+
+    def _packed(self, name: str) -> Packed:
+        if not isinstance(self.form, Packed):
+            raise BadInput(
+                f"{self.reader.folder}: {name} is packed but config.json has no "
+                "quantization_config of compressed-tensors: restore the checkpoint's own config"
+            )
+        return self.form
 
     def _require_weights(self, name: str) -> None:
         """Check that a tensor's numbers are weights as they stand, or FP8 with scales."""
@@ -190,7 +237,7 @@ class WeightReader:
     def _require_equal_copies(self) -> None:
         """Check that the copies beside MTP modules are copies: the network has one of each."""
         for copy, original in keys.shared_copies(self.config).items():
-            ours, theirs = self.reader.read(original), self.reader.read(copy)
+            ours, theirs = (self.read(name, torch.float32) for name in (original, copy))
             keys.require_shape(copy, theirs.shape, {copy: tuple(ours.shape)})
             if not ((ours == theirs) | (ours.isnan() & theirs.isnan())).all():
                 raise BadInput(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from ziphius.checkpoint.compressed import is_packed, packed_parts
 from ziphius.checkpoint.fp8 import SCALE_SUFFIX
 from ziphius.config.errors import BadInput
 from ziphius.config.model import ModelConfig
@@ -49,15 +50,20 @@ def shared_copies(config: ModelConfig) -> dict[str, str]:
 
 def is_mtp(name: str, config: ModelConfig) -> bool:
     """Say whether a tensor belongs to an MTP module: to a layer behind the main ones."""
+    return layer_of(name) >= config.num_hidden_layers
+
+
+def layer_of(name: str) -> int:
+    """Return the layer in a tensor's name, -1 outside the layers."""
     parts = name.split(".")
     numbered = parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdecimal()
-    return numbered and int(parts[2]) >= config.num_hidden_layers
+    return int(parts[2]) if numbered else -1
 
 
 def compare(found: Collection[str], config: ModelConfig) -> Comparison:
     """Compare the names in a file with those that the config asks for.
 
-    The scales of FP8 weights are used wherever their weight is.
+    The scales of FP8 weights and the parts of packed ones are used wherever their weight is.
     """
     wanted = frozenset(expected_shapes(config)) | frozenset(shared_copies(config))
     names = frozenset(found)
@@ -67,10 +73,12 @@ def compare(found: Collection[str], config: ModelConfig) -> Comparison:
         for name in names
         if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in wanted & names
     )
+    packed = frozenset(name for name in wanted if is_packed(name, names))
+    parts = frozenset(name for name in names if packed_parts(names, name) in packed)
     return Comparison(
-        used=(names & wanted) | scales,
-        missing=wanted - names,
-        unused=names - wanted - scales - ignored,
+        used=(names & wanted) | scales | parts,
+        missing=wanted - names - packed,
+        unused=names - wanted - scales - parts - ignored,
         ignored=ignored,
     )
 
