@@ -9,11 +9,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from ziphius.kernels.cpu.library import COMPILER, Library, build
 
 torch.set_num_threads(1)
 
@@ -35,3 +38,18 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.training.support import write_text
 
     return write_text(tmp_path_factory.mktemp("words") / "text")
+
+
+@pytest.fixture(scope="session")
+def kernel_folder(pytestconfig: pytest.Config) -> Path:
+    """Where the compiled kernels are kept between runs."""
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"{COMPILER} is not installed")
+    assert pytestconfig.cache is not None
+    return Path(pytestconfig.cache.mkdir("kernels"))
+
+
+@pytest.fixture(scope="session")
+def library(kernel_folder: Path) -> Library:
+    """The compiled kernels, built once."""
+    return build(kernel_folder)

@@ -33,6 +33,7 @@ from ziphius.config.errors import BadInput
 from ziphius.config.model import ModelConfig
 from ziphius.config.table import nearest
 from ziphius.kernels.quantize import QuantizedWeight
+from ziphius.kernels.select import Kernels
 from ziphius.model.precision import DTYPES, Precision
 from ziphius.model.transformer import Transformer
 from ziphius.model.weights import ROUTING_BIAS, named_weights
@@ -48,6 +49,7 @@ def load(
     *,
     mtp: bool = True,
     verify: bool = True,
+    kernels: Kernels | None = None,
 ) -> Transformer:
     """Read a checkpoint as a module in evaluation mode: token ids ``[B, T]`` to ``[B, T, V]``.
 
@@ -55,6 +57,7 @@ def load(
     computed in, by default what the config says; routing biases are FP32 all the same. Quantised
     weights (FP8 blocks, packed integers) are dequantised. ``mtp=False`` leaves MTP modules out,
     present or not. ``verify`` compares the weights with their checksums, where there is a manifest.
+    ``kernels`` are torch's own unless others are given.
 
     Raises BadInput for a checkpoint of another architecture, missing, unused or misshapen tensors,
     and damaged files.
@@ -70,7 +73,9 @@ def load(
         check_manifest(folder, checksums=verify, only=reader.files())
         reading = WeightReader(reader, config, stored_form(raw))
         reading.require_complete(skip_mtp=not mtp)
-        model = Transformer(config, precision, device="meta").to_empty(device=device)
+        model = Transformer(config, precision, kernels=kernels, device="meta").to_empty(
+            device=device
+        )
         reading.read_into(model)
     return model.eval()
 

@@ -13,21 +13,17 @@ from ziphius.model.ffn import MixtureOfExperts
 from ziphius.model.rope import Rope
 from ziphius.model.transformer import Transformer
 
-# Rows of a batch where kernels are torch's own: one shape for all, so that no token's numbers
-# depend on how many there are.
-TILE = 16
-
 
 class Forward:
     """Runs a model for the engine. ``exact``: no token's numbers depend on its neighbours.
 
-    Compiled kernels have this property by themselves. torch's have it for batches of one size, so
-    tokens pass in tiles of ``TILE``, the last one filled up with tokens that leave no trace.
+    Compiled kernels have this property by themselves. torch's do not: their sums depend on the
+    size of the batch and on a row's place in it. There tokens pass one by one, which is slow.
     """
 
     def __init__(self, model: Transformer, cache: PagedCache, *, exact: bool) -> None:
         self.model, self.cache = model, cache
-        self.tiled = exact and model.kernels.library is None
+        self.singly = exact and model.kernels.library is None
         self.prepare()
 
     def prepare(self) -> None:
@@ -42,17 +38,16 @@ class Forward:
     def hidden(self, feeds: Sequence[Feed]) -> Tensor:
         """Run the main layers over the tokens of ``feeds``, in order: ``[N, D]``, normed."""
         batch = Batch(self.cache, feeds)
-        if not self.tiled:
+        if not self.singly:
             return self.model.trunk(batch.tokens_BT, batch)[0][0]
-        return self._in_tiles(lambda tile: self.model.trunk(tile.tokens_BT, tile)[0][0], batch)
+        return self._singly(lambda one, _: self.model.trunk(one.tokens_BT, one)[0][0], batch)
 
     @torch.no_grad()
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Apply the output head: ``[N, V]``, at least FP32."""
         head = self.model.lm_head
-        if self.tiled:
-            parts = [head(_filled(part))[: len(part)] for part in hidden_ND.split(TILE)]
-            logits_NV = torch.cat(parts) if parts else head(hidden_ND)
+        if self.singly:
+            logits_NV = torch.cat([head(row_1D) for row_1D in hidden_ND.split(1)])
         else:
             logits_NV = head(hidden_ND)
         return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
@@ -65,12 +60,11 @@ class Forward:
         ``t_i`` (facts 3.3). Returns the block's output ``[N, D]``, not normed.
         """
         batch = Batch(self.cache, feeds, turned=1)
-        if not self.tiled:
+        if not self.singly:
             return self._draft(batch, hidden_ND)
-        parts = iter(hidden_ND.split(TILE))
-        return self._in_tiles(lambda tile: self._draft(tile, _filled(next(parts))), batch)
+        return self._singly(lambda one, n: self._draft(one, hidden_ND[n : n + 1]), batch)
 
-    def _draft(self, batch: Batch | Tile, hidden_ND: Tensor) -> Tensor:
+    def _draft(self, batch: Batch | One, hidden_ND: Tensor) -> Tensor:
         model, module = self.model, self.model.mtp[0]
         embedded_BTD = model.embed_tokens(batch.tokens_BT)
         rope = batch.rope(model, embedded_BTD.shape[1])
@@ -80,48 +74,32 @@ class Forward:
     @torch.no_grad()
     def draft_logits(self, hidden_ND: Tensor) -> Tensor:
         """Apply the MTP module's norm and the shared head: ``[N, V]``."""
-        if not self.tiled:
+        if not self.singly:
             return self.logits(self.model.mtp[0].norm(hidden_ND))
         norm = self.model.mtp[0].norm
-        normed = [norm(_filled(part))[: len(part)] for part in hidden_ND.split(TILE)]
-        return self.logits(torch.cat(normed))
+        return self.logits(torch.cat([norm(row_1D) for row_1D in hidden_ND.split(1)]))
 
-    def _in_tiles(self, run: Callable[[Tile], Tensor], batch: Batch) -> Tensor:
-        length = batch.tokens_BT.shape[1]
-        parts = []
-        for start in range(0, length, TILE):
-            count = min(TILE, length - start)
-            parts.append(run(Tile(batch, start, count))[:count])
-        return torch.cat(parts)
+    def _singly(self, run: Callable[[One, int], Tensor], batch: Batch) -> Tensor:
+        return torch.cat([run(One(batch, n), n) for n in range(batch.tokens_BT.shape[1])])
 
 
-def _filled(rows_nD: Tensor) -> Tensor:
-    """Fill up with rows of zeros to ``TILE``."""
-    return torch.nn.functional.pad(rows_nD, (0, 0, 0, TILE - len(rows_nD)))
+class One:
+    """One token of a batch."""
 
-
-class Tile:
-    """Some tokens of a batch, filled up with copies of the first that write no row."""
-
-    def __init__(self, batch: Batch, start: int, count: int) -> None:
-        self.batch = batch
-        places = [*range(start, start + count), *[start] * (TILE - count)]
-        self._places_N = torch.tensor(places)
-        self._count = count
-        self.tokens_BT = batch.tokens_BT[:, self._places_N]
+    def __init__(self, batch: Batch, place: int) -> None:
+        self.batch, self._place = batch, slice(place, place + 1)
+        self.tokens_BT = batch.tokens_BT[:, self._place]
 
     def rope(self, model: Transformer, length: int) -> Rope:
-        """Return the rotary tables of the tile's tokens."""
-        whole = self.batch.rope(model, self.batch.tokens_BT.shape[1])
-        return Rope(whole.cos_Tr[self._places_N], whole.sin_Tr[self._places_N])
+        """Return the rotary tables of the token."""
+        whole = self.batch.rope(model, length)
+        return Rope(whole.cos_Tr[self._place], whole.sin_Tr[self._place])
 
     def layer(self, index: int) -> LatentPages:
-        """Return a layer's pages and the tile's places in them."""
+        """Return a layer's pages and the token's place in them."""
         whole = self.batch.layer(index)
-        slots_N = whole.slots_N[self._places_N]
-        slots_N[self._count :] = -1
         return whole._replace(
-            slots_N=slots_N,
-            sequence_N=whole.sequence_N[self._places_N],
-            position_N=whole.position_N[self._places_N],
+            slots_N=whole.slots_N[self._place],
+            sequence_N=whole.sequence_N[self._place],
+            position_N=whole.position_N[self._place],
         )

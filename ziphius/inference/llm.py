@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -151,7 +151,7 @@ class LLM:
                 return None, list(prompt["prompt_token_ids"])
             if set(prompt) != {"prompt"}:
                 raise BadInput(f"a prompt has 'prompt' or 'prompt_token_ids', not {list(prompt)}")
-            prompt = prompt["prompt"]
+            prompt = str(prompt["prompt"])
         if not isinstance(prompt, str):
             return None, list(prompt)
         if self.tokenizer is None:
@@ -183,8 +183,9 @@ class LLM:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    items = list(prompts)
-    return [items] if items and all(isinstance(item, int) for item in items) else items
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [cast("Sequence[int]", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
 
 
 def _as_params(

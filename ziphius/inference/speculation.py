@@ -164,9 +164,13 @@ class Drafter:
             trace.late = Late(start + count, states_nD[count].clone())
         if count <= 0:
             return None
-        first = start + 1
-        slots = sequence.table.slots(first, first + count)
-        tokens = sequence.tokens[first : first + count]
+        first, behind = start + 1, start + 1 + count
+        # The step's own slots: a page that it filled is published by now, and full of main rows.
+        fed = chunk.start + len(chunk.tokens)
+        slots = chunk.slots[first - chunk.start : behind - chunk.start]
+        if behind > fed:
+            slots = slots + sequence.table.slots(fed, behind)
+        tokens = sequence.tokens[first:behind]
         return Feed(sequence.table.pages, first, tokens, slots), states_nD[:count]
 
     def _continue(self, out_nD: Tensor, going: List[tuple[Sequence, Answer]], depth: int) -> None:
