@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from tokenizers import Tokenizer
 
-from ziphius.checkpoint.huggingface import TOKENIZER_FILE, checkpoint_folder, load
+from ziphius.checkpoint.huggingface import TOKENIZER_FILE, checkpoint_folder
+from ziphius.checkpoint.in_place import load_in_place
 from ziphius.config.errors import BadInput
 from ziphius.data.tokenizer import read_tokenizer
 from ziphius.inference.engine import Engine, EngineOptions
@@ -43,7 +44,9 @@ class LLM:
     ``path`` is a Hugging Face folder or a run folder. ``dtype`` is what to compute in, by default
     what the config says. ``fast_math`` gives up that answers are the same bits whatever else is
     computed. ``speculation`` is ``auto``, ``on`` or ``off``; ``kernels`` is ``auto``, ``compiled``
-    or ``torch``. Raises BadInput for a checkpoint or an option that can't be used.
+    or ``torch``. Quantised weights stay codes in memory. With ``expert_bytes`` routed experts are
+    read when they are first chosen, and at most so many bytes of them are kept. Raises BadInput for
+    a checkpoint or an option that can't be used.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class LLM:
         kernel_cache: str | os.PathLike[str] | None = None,
         mtp: bool = True,
         verify: bool = True,
+        expert_bytes: int | None = None,
         **options: Any,
     ) -> None:
         folder = checkpoint_folder(Path(path))
@@ -67,12 +71,14 @@ class LLM:
                 raise BadInput(f"unknown option '{name}'{nearest(name, known)}")
         cache = None if kernel_cache is None else Path(kernel_cache)
         chosen = choose_kernels(kernels, cache, exact=not fast_math)
-        model = load(folder, dtype, mtp=mtp, verify=verify, kernels=chosen)
+        loaded = load_in_place(
+            folder, chosen, dtype, mtp=mtp, verify=verify, expert_bytes=expert_bytes
+        )
         tokenizer = None
         if (folder / TOKENIZER_FILE).is_file():
             tokenizer = read_tokenizer(folder / TOKENIZER_FILE)
-        self.folder = folder
-        self._init(model, tokenizer, EngineOptions(exact=not fast_math, **options))
+        self.folder, self.loaded = folder, loaded
+        self._init(loaded.model, tokenizer, EngineOptions(exact=not fast_math, **options))
 
     @classmethod
     def of(cls, model: Transformer, tokenizer: Tokenizer | None = None, **options: Any) -> LLM:
