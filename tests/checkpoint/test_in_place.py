@@ -20,6 +20,8 @@ from ziphius.kernels.stored import Codes
 from ziphius.model.precision import Precision
 from ziphius.model.transformer import Transformer
 
+# Of all experts in BF16, 295 kB, and enough for those of one layer.
+ROOM = 100_000
 WIDE = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -66,15 +68,17 @@ def test_codes_answer_as_the_numbers_they_mean(
 ) -> None:
     folder = converted(source, tmp_path, form)
     kernels = answering_kernels(kernel_folder)
-    loaded = load_in_place(folder, kernels, expert_bytes=40_000 if lazy else None)
+    loaded = load_in_place(folder, kernels, expert_bytes=ROOM if lazy else None)
     dense = ziphius.load(folder, kernels=kernels).requires_grad_(False)
     assert answers(loaded.model) == answers(dense)
     coded = loaded.model.layers[0].self_attn.o_proj.weight
     assert isinstance(coded, Codes) == (form != "bf16")
     if lazy:
         assert loaded.experts is not None
-        assert loaded.experts.bytes <= 40_000
-        assert loaded.experts.reads > 3 * 8
+        assert loaded.experts.bytes <= ROOM
+        # INT4 experts all have room; of others some were dropped and read again.
+        assert loaded.experts.reads >= 3 * 8
+        assert (loaded.experts.reads > 3 * 8) == (form != "int4")
         assert isinstance(loaded.model.layers[1].mlp.places, LazyExperts)
     loaded.close()
 
