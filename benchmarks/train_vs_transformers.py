@@ -3,8 +3,9 @@
 Both train the same network (no MTP) from the same weights on the same tokens: forward, loss,
 backward, clipping, AdamW, gradients dropped. transformers runs under BF16 autocast with every
 attention and every implementation of the experts that it has for processors, and with both of
-torch's fast AdamWs; its best combination is measured against Ziphius, a step each in turn. The last
-line is one JSON object; `ratio` is the median over rounds of transformers' seconds by ours.
+torch's fast AdamWs; its best combination is measured against Ziphius, a step each in turn. Each has
+a process of its own, so that neither works in the memory that the other has left. The last line is
+one JSON object; `ratio` is the median over rounds of transformers' seconds by ours.
 
     python benchmarks/train_vs_transformers.py           the comparison
     python benchmarks/train_vs_transformers.py --grid    and how both grow with experts and length
@@ -13,12 +14,16 @@ line is one JSON object; `ratio` is the median over rounds of transformers' seco
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +32,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from support import alternate, report
+from support import report
 from torch import Tensor
 
 import ziphius
@@ -75,29 +80,40 @@ GRID_EXPERTS = (8, 16, 32, 64, 128)
 GRID_LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 Step = Callable[[], float]
+Who = tuple[str, ...]  # ("ziphius",), or transformers' attention, experts and optimizer
 
 
 @dataclass(frozen=True)
 class Job:
     """What one comparison trains: the network, and the tokens of every step ``[B, T + 1]``."""
 
-    config: ModelConfig
-    tokens_BS: Tensor
+    changes: dict[str, Any]  # of NETWORK
+    batch: int
+    length: int
     precision: str
 
     @property
+    def config(self) -> ModelConfig:
+        return ModelConfig(**{**NETWORK, **self.changes})
+
+    @property
+    def tokens_BS(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        size = (self.batch, self.length + 1)
+        return torch.randint(0, self.config.vocab_size, size, generator=generator)
+
+    @property
     def tokens(self) -> int:
-        return self.tokens_BS[:, 1:].numel()
+        return self.batch * self.length
 
     @property
     def settings(self) -> PretrainConfig:
         """Ours, and what both share: rates, decay and clipping."""
-        batch, length = self.tokens_BS.shape[0], self.tokens_BS.shape[1] - 1
         return PretrainConfig(
             steps=1000,
-            batch_size=batch,
-            micro_batch_size=batch,
-            sequence_length=length,
+            batch_size=self.batch,
+            micro_batch_size=self.batch,
+            sequence_length=self.length,
             learning_rate=1e-3,
             final_learning_rate=1e-3,
             balance_loss_weight=0,
@@ -107,10 +123,7 @@ class Job:
 
 
 def job(precision: str, batch: int = 8, length: int = 512, **changes: Any) -> Job:
-    config = ModelConfig(**{**NETWORK, **changes})
-    generator = torch.Generator().manual_seed(0)
-    tokens_BS = torch.randint(0, config.vocab_size, (batch, length + 1), generator=generator)
-    return Job(config, tokens_BS, precision)
+    return Job(changes, batch, length, precision)
 
 
 def build(job: Job, kernels: Kernels | None = None) -> Transformer:
@@ -126,7 +139,8 @@ def ziphius_step(job: Job, cache: Path) -> tuple[Step, Kernels]:
     kernels = compiled_kernels(cache, "widened" if widen else "native")
     model = build(job, kernels)
     optimizer = AdamW(model.parameters(), job.settings, kernels)
-    batch = Batch(job.tokens_BS, torch.zeros_like(job.tokens_BS))
+    tokens_BS = job.tokens_BS
+    batch = Batch(tokens_BS, torch.zeros_like(tokens_BS))
     settings = settings_at(job.settings, step=1, tokens=0)
 
     def step() -> float:
@@ -156,7 +170,8 @@ def transformers_step(job: Job, attention: str, experts: str, optimizer: str) ->
         weight_decay=c.weight_decay,
         **{optimizer: True},
     )
-    inputs_BT, targets_N = job.tokens_BS[:, :-1], job.tokens_BS[:, 1:].flatten()
+    tokens_BS = job.tokens_BS
+    inputs_BT, targets_N = tokens_BS[:, :-1], tokens_BS[:, 1:].flatten()
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=job.precision == "bfloat16"):
@@ -171,14 +186,75 @@ def transformers_step(job: Job, attention: str, experts: str, optimizer: str) ->
     return step
 
 
-def best_of_transformers(job: Job, rounds: int) -> tuple[tuple[str, str, str], dict[str, float]]:
+class Worker:
+    """A process that trains one of both, a step when it is asked to."""
+
+    def __init__(self, who: Who, job: Job, cache: Path) -> None:
+        what = {"who": who, "job": dataclasses.asdict(job), "cache": str(cache)}
+        command = [sys.executable, __file__, "--worker", json.dumps(what)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        self.about: str = self._read()["about"]
+
+    def step(self) -> dict[str, float]:
+        """Do a step; return its loss and its seconds."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"a worker ended: {self.process.args}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def work(what: dict[str, Any]) -> None:
+    """Be a worker: a line of JSON for every line that comes in."""
+    job, who = Job(**what["job"]), tuple(what["who"])
+    if who == ("ziphius",):
+        step, kernels = ziphius_step(job, Path(what["cache"]))
+        print(json.dumps({"about": str(kernels)}), flush=True)
+    else:
+        step = transformers_step(job, *who)
+        print(json.dumps({"about": "+".join(who)}), flush=True)
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        loss = step()
+        seconds = time.perf_counter() - began
+        print(json.dumps({"loss": loss, "seconds": seconds}), flush=True)
+
+
+def take_turns(workers: Sequence[Worker], rounds: int) -> list[list[float]]:
+    """Have every worker do a step once a round, after one that does not count: seconds."""
+    seconds: list[list[float]] = [[] for _ in workers]
+    for turn in range(rounds + 1):
+        for worker, times in zip(workers, seconds, strict=True):
+            taken = worker.step()["seconds"]
+            if turn:
+                times.append(taken)
+    return seconds
+
+
+def best_of_transformers(job: Job, rounds: int, cache: Path) -> tuple[Who, dict[str, float]]:
     """Find the fastest combination; return it and the median seconds of every one."""
-    combinations = list(itertools.product(ATTENTIONS, EXPERTS, ("fused",)))
+    combinations: list[Who] = list(itertools.product(ATTENTIONS, EXPERTS, ("fused",)))
     combinations += [("sdpa", "grouped_mm", name) for name in OPTIMIZERS if name != "fused"]
-    steps = {"+".join(c): transformers_step(job, *c) for c in combinations}
-    times = {k: statistics.median(v) for k, v in alternate(steps, rounds).items()}
-    winner = min(combinations, key=lambda c: times["+".join(c)])
-    return winner, times
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(c, job, cache)) for c in combinations]
+        times = [statistics.median(seconds) for seconds in take_turns(workers, rounds)]
+    found = {"+".join(c): t for c, t in zip(combinations, times, strict=True)}
+    return min(combinations, key=lambda c: found["+".join(c)]), found
 
 
 def peak_gflops(dtype: torch.dtype, size: int = 2048) -> float:
@@ -194,7 +270,7 @@ def peak_gflops(dtype: torch.dtype, size: int = 2048) -> float:
 
 def step_gflop(job: Job) -> float:
     """Count the products of one step: 6 a weight and token, and causal attention's half square."""
-    c, (batch, S) = job.config, job.tokens_BS.shape
+    c, batch, S = job.config, job.batch, job.length + 1
     model = Transformer(c, device="meta")
     routed = sum(p.numel() for n, p in model.named_parameters() if ".store." in n)
     others = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1) - routed
@@ -207,35 +283,33 @@ def step_gflop(job: Job) -> float:
 
 def compare(
     job: Job,
-    combination: tuple[str, str, str],
+    combination: Who,
     cache: Path,
     rounds: int,
     steps_compared: int = STEPS_COMPARED,
 ) -> dict[str, Any]:
     """Run both in turn; return the figures of one comparison."""
-    (ours, kernels), theirs = ziphius_step(job, cache), transformers_step(job, *combination)
-    losses = [(ours(), theirs()) for _ in range(steps_compared)]
-    apart = max(abs(z / t - 1) for z, t in losses)
-    if apart > AGREEMENT:
-        sys.exit(f"the losses are {apart:.1%} apart, which is no comparison: {losses}")
-    times = alternate({"ziphius": ours, "transformers": theirs}, rounds)
-    ratios = [t / z for z, t in zip(times["ziphius"], times["transformers"], strict=True)]
-    speed = {name: job.tokens / statistics.median(seconds) for name, seconds in times.items()}
+    with Worker(("ziphius",), job, cache) as ours, Worker(combination, job, cache) as theirs:
+        losses = [(ours.step()["loss"], theirs.step()["loss"]) for _ in range(steps_compared)]
+        apart = max(abs(z / t - 1) for z, t in losses)
+        if apart > AGREEMENT:
+            sys.exit(f"the losses are {apart:.1%} apart, which is no comparison: {losses}")
+        our_seconds, their_seconds = take_turns((ours, theirs), rounds)
+        kernels = ours.about
+    ratios = [t / z for z, t in zip(our_seconds, their_seconds, strict=True)]
     return {
-        "ziphius_tokens_per_s": round(speed["ziphius"]),
-        "transformers_tokens_per_s": round(speed["transformers"]),
+        "ziphius_tokens_per_s": round(job.tokens / statistics.median(our_seconds)),
+        "transformers_tokens_per_s": round(job.tokens / statistics.median(their_seconds)),
         "ratio": round(statistics.median(ratios), 3),
         "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "losses_first": [round(x, 4) for x in losses[0]],
         "losses_last": [round(x, 4) for x in losses[-1]],
         "losses_apart": round(apart, 5),
-        "kernels": str(kernels),
+        "kernels": kernels,
     }
 
 
-def grid(
-    combination: tuple[str, str, str], cache: Path, rounds: int
-) -> dict[str, list[dict[str, Any]]]:
+def grid(combination: Who, cache: Path, rounds: int) -> dict[str, list[dict[str, Any]]]:
     """Compare over the number of experts, and over lengths at the same tokens a step."""
     rows: dict[str, list[dict[str, Any]]] = {"experts": [], "length": []}
     how = (combination, cache, rounds, GRID_STEPS_COMPARED)
@@ -273,13 +347,19 @@ def main() -> None:
     parser.add_argument("--grid", action="store_true", help="also over experts and lengths")
     parser.add_argument("--cache", type=Path, default=Path("runs/kernels"), help="compiled kernels")
     parser.add_argument("--record", action="store_true", help="keep the result in results/")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if options.worker:
+        work(json.loads(options.worker))
+        return
     main_job, plain_job = job("bfloat16"), job("float32")
-    combination, searched = best_of_transformers(main_job, options.search_rounds)
+    combination, searched = best_of_transformers(main_job, options.search_rounds, options.cache)
     figures = compare(main_job, combination, options.cache, options.rounds)
-    plain_combination, plain_searched = best_of_transformers(plain_job, options.search_rounds)
+    plain_combination, plain_searched = best_of_transformers(
+        plain_job, options.search_rounds, options.cache
+    )
     plain = compare(plain_job, plain_combination, options.cache, options.rounds)
     gflop, peak = step_gflop(main_job), peak_gflops(torch.bfloat16)
     achieved = gflop * figures["ziphius_tokens_per_s"] / main_job.tokens

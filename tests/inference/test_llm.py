@@ -237,6 +237,8 @@ def test_the_context_ends_the_answer(how: dict[str, Any]) -> None:
         ([1, -1], "token id -1 is outside the model's vocabulary of 61"),
         ([1] * 16, "the prompt has 16 tokens and the model's context 16"),
         ([1] * 40, "the prompt has 40 tokens and the model's context 16"),
+        ([[1.5]], r"a list of token ids, not \[1\.5\]"),
+        ([3.5], "a prompt is text or a list of token ids, not 3.5"),
         ("text", "no tokenizer"),
         ({"text": "x"}, "a prompt has 'prompt' or 'prompt_token_ids'"),
     ],

@@ -22,7 +22,9 @@ BETWEEN = "\n---\n"
 
 def generate(
     checkpoint: options.Checkpoint,
-    prompt: Annotated[str | None, typer.Argument(help="The text to go on from.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="The text to go on from.")
+    ] = None,
     input_file: Annotated[
         Path | None,
         typer.Option(help="A file of prompts, one a line, in place of PROMPT: answered together."),
@@ -58,16 +60,15 @@ def generate(
 ) -> None:
     """Let a CHECKPOINT go on from a text, and print it as it is written.
 
-    Equal commands write equal texts: what is sampled depends on --seed alone, and not on other
-    prompts or on speculation. --fast-math gives that up for speed.
+    Equal commands write equal texts, alone or in a file of prompts; --fast-math gives that up.
 
-    Go on from a text: ziphius generate runs/quickstart "def " --temperature 0.7 --top-p 0.9
+    Sample a text: ziphius generate runs/quickstart "def " --temperature 0.7
 
     Up to a line's end: ziphius generate runs/quickstart "import " --stop $'\\n'
 
-    A file of prompts, together: ziphius generate runs/quickstart --input-file prompts.txt --stats
+    A file of prompts: ziphius generate runs/quickstart --input-file prompts.txt
 
-    An answer of a form: ziphius generate runs/quickstart "It is " --regex "(yes|no)"
+    Of a given form: ziphius generate runs/quickstart "It is " --regex "(yes|no)"
     """
     from ziphius.config.errors import BadInput
     from ziphius.inference.llm import LLM

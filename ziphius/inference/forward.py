@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ziphius.checkpoint.in_place import LazyExperts
 from ziphius.inference.paged import Batch, Feed, PagedCache
 from ziphius.kernels.latent import LatentPages
 from ziphius.model.ffn import MixtureOfExperts
@@ -31,7 +32,10 @@ class Forward:
         for _, _, block in self.model.blocks():
             attention = block.self_attn
             attention.absorbed = attention.absorb(self.model.precision.compute)
-            if isinstance(block.mlp, MixtureOfExperts):
+            # Lazy experts have places of their own.
+            if isinstance(block.mlp, MixtureOfExperts) and not isinstance(
+                block.mlp.places, LazyExperts
+            ):
                 block.mlp.places = block.mlp.locate()
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -11,7 +12,8 @@ from typing import Any, cast
 import torch
 from tokenizers import Tokenizer
 
-from ziphius.checkpoint.huggingface import TOKENIZER_FILE, checkpoint_folder, load
+from ziphius.checkpoint.huggingface import TOKENIZER_FILE, checkpoint_folder
+from ziphius.checkpoint.in_place import Loaded, load_in_place
 from ziphius.config.errors import BadInput
 from ziphius.config.table import nearest
 from ziphius.data.tokenizer import read_tokenizer
@@ -50,7 +52,9 @@ class LLM:
     ``path`` is a Hugging Face folder or a run folder. ``dtype`` is what to compute in, by default
     what the config says. ``fast_math`` gives up that answers are the same bits whatever else is
     computed. ``speculation`` is ``auto``, ``on`` or ``off``; ``kernels`` is ``auto``, ``compiled``
-    or ``torch``. Raises BadInput for a checkpoint or an option that can't be used.
+    or ``torch``. Quantised weights stay codes in memory. With ``expert_bytes`` routed experts are
+    read when they are first chosen, and at most so many bytes of them are kept. Raises BadInput for
+    a checkpoint or an option that can't be used.
     """
 
     def __init__(
@@ -63,16 +67,19 @@ class LLM:
         kernel_cache: str | os.PathLike[str] | None = None,
         mtp: bool = True,
         verify: bool = True,
+        expert_bytes: int | None = None,
         **options: Any,
     ) -> None:
         checked = _engine_options(options, exact=not fast_math)
         folder = checkpoint_folder(Path(path))
         chosen = choose_kernels(kernels, kernel_cache, exact=not fast_math)
-        model = load(folder, dtype, mtp=mtp, verify=verify, kernels=chosen)
+        loaded = load_in_place(
+            folder, chosen, dtype, mtp=mtp, verify=verify, expert_bytes=expert_bytes
+        )
         tokenizer = None
         if (folder / TOKENIZER_FILE).is_file():
             tokenizer = read_tokenizer(folder / TOKENIZER_FILE)
-        self._init(model, tokenizer, checked, folder=folder)
+        self._init(loaded.model, tokenizer, checked, loaded=loaded, folder=folder)
 
     @classmethod
     def of(
@@ -103,10 +110,11 @@ class LLM:
         options: EngineOptions,
         *,
         original: Transformer | None = None,
+        loaded: Loaded | None = None,
         folder: Path | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self._original, self._folder = original, folder
+        self.loaded, self.folder, self._original = loaded, folder, original
         vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
         self.engine = Engine(model, vocabulary, options)
 
@@ -163,7 +171,7 @@ class LLM:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The checkpoint's own, or V3's format; may be set to another."""
-        return ChatTemplate() if self._folder is None else read_chat_template(self._folder)
+        return ChatTemplate() if self.folder is None else read_chat_template(self.folder)
 
     def encode_chat(self, messages: Sequence[Message], **options: Any) -> dict[str, Any]:
         """Return a conversation as a prompt: its text, and its tokens with one first token."""
@@ -207,12 +215,12 @@ class LLM:
         """Return a prompt's text and token ids; a text begins with the config's first token."""
         if isinstance(prompt, Mapping):
             if {"prompt_token_ids"} <= set(prompt) <= {"prompt", "prompt_token_ids"}:
-                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+                return prompt.get("prompt"), _as_ids(prompt["prompt_token_ids"])
             if set(prompt) != {"prompt"}:
                 raise BadInput(f"a prompt has 'prompt' or 'prompt_token_ids', not {list(prompt)}")
             prompt = str(prompt["prompt"])
         if not isinstance(prompt, str):
-            return None, list(prompt)
+            return None, _as_ids(prompt)
         return prompt, [self.model.config.bos_token_id, *self._tokens_of(prompt)]
 
     def _tokens_of(self, text: str) -> list[int]:
@@ -268,6 +276,13 @@ def _engine_options(options: Mapping[str, Any], *, exact: bool) -> EngineOptions
         if name not in known:
             raise BadInput(f"unknown option '{name}'{nearest(name, known)}")
     return EngineOptions(exact=exact, **options)
+
+
+def _as_ids(prompt: Any) -> list[int]:
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise BadInput(f"a prompt is text or a list of token ids, not {prompt!r:.60}") from None
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -104,7 +104,7 @@ class _Compiled(torch.autograd.Function):
             dx_MI = torch.empty_like(x_MI)
             _rows_times(ctx.library, dout_MO, weight_EOI, counts_E, dx_MI, sizes, turned=False)
         if ctx.needs_input_grad[2]:
-            dweight_EOI = torch.empty_like(weight_EOI)
+            dweight_EOI = gradient_memory(weight_EOI)
             tensors = (dout_MO, x_MI, counts_E, dweight_EOI)
             types = (x_MI.dtype, TYPES[weight_EOI.dtype])
             ctx.library.call("grouped_weight_gradient", *types, *tensors, *sizes)
@@ -123,6 +123,26 @@ def _rows_times(
 ) -> None:
     types = (x.dtype, TYPES[weight.dtype])
     library.call("grouped_rows", *types, x, weight, counts_E, out, *sizes, int(turned))
+
+
+def keep_gradient(parameter: Tensor) -> None:
+    """Drop a parameter's gradient, and keep its memory for the next one.
+
+    Memory that is given back is taken anew page by page in every step, which costs more than what
+    is written there.
+    """
+    parameter.spare_gradient = parameter.grad  # type: ignore[attr-defined]
+    parameter.grad = None
+
+
+def gradient_memory(parameter: Tensor) -> Tensor:
+    """Return memory for a gradient, undefined: what ``keep_gradient`` kept, or new."""
+    spare = getattr(parameter, "spare_gradient", None)
+    if spare is None:
+        return torch.empty_like(parameter)
+    parameter.spare_gradient = None  # type: ignore[attr-defined]
+    kept: Tensor = spare
+    return kept
 
 
 def grouped_linear_compiled(

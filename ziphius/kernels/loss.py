@@ -22,6 +22,8 @@ def cross_entropy_rows(logits_nV: Tensor, targets_n: Tensor) -> Tensor:
 
     Rows whose target is ``IGNORED`` count nothing and have no gradient.
     """
+    given_nV = logits_nV
+    logits_nV = given_nV.to(torch.promote_types(given_nV.dtype, torch.float32))
     counted_n1 = (targets_n != IGNORED).unsqueeze(1)
     targets_n1 = targets_n.unsqueeze(1).where(counted_n1, 0)
     target_n1 = logits_nV.gather(1, targets_n1)
@@ -31,12 +33,15 @@ def cross_entropy_rows(logits_nV: Tensor, targets_n: Tensor) -> Tensor:
     # softmax - onehot(target), and zero in rows that do not count
     exp_nV.mul_(counted_n1 / sum_n1)
     exp_nV.scatter_add_(1, targets_n1, -counted_n1.to(exp_nV.dtype))
+    if exp_nV is not given_nV:
+        given_nV.copy_(exp_nV)
     return (largest_n1 + sum_n1.log() - target_n1)[counted_n1].sum()
 
 
 def cross_entropy_rows_compiled(library: Library, logits_nV: Tensor, targets_n: Tensor) -> Tensor:
     """Do the same in one visit of a row."""
-    losses_n = logits_nV.new_empty(len(logits_nV))
+    high = torch.promote_types(logits_nV.dtype, torch.float32)
+    losses_n = torch.empty(len(logits_nV), dtype=high)
     library.call("cross_entropy", logits_nV.dtype, logits_nV, targets_n, losses_n, *logits_nV.shape)
     return losses_n.sum()
 
@@ -68,11 +73,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], chunk):
             rows = slice(start, start + chunk)
             hidden_nD = hidden_ND[rows].to(dtype)
-            logits_nV = torch.mm(hidden_nD, used_VD.T, out=memory_nV[: len(hidden_nD)]).to(high)
+            logits_nV = torch.mm(hidden_nD, used_VD.T, out=memory_nV[: len(hidden_nD)])
             total += rows_loss(logits_nV, targets_N[rows].contiguous())
             if dhidden_ND is None and dweight_VD is None:
                 continue
-            dlogits_nV = logits_nV.to(dtype)
+            dlogits_nV = logits_nV
             if dhidden_ND is not None:
                 dhidden_ND[rows] = dlogits_nV @ used_VD
             if dweight_VD is not None and dtype == high:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ziphius.kernels.cpu.library import Library
 from ziphius.kernels.project import require_no_gradient
-from ziphius.kernels.stored import Codes, Weight, describe
+from ziphius.kernels.stored import WORDS, Codes, Weight, describe
 
 
 class Expert(NamedTuple):
@@ -26,9 +26,26 @@ class Experts:
     """The routed experts of a layer and its shared ones, with their places in memory."""
 
     def __init__(self, routed: Sequence[Expert], shared: Sequence[Expert]) -> None:
-        self.routed, self.shared = tuple(routed), tuple(shared)
+        self.routed, self.shared = list(routed), tuple(shared)
         words = [describe(weight) for expert in (*routed, *shared) for weight in expert]
-        self.table = torch.tensor(words, dtype=torch.int64)
+        self.table = torch.tensor(words, dtype=torch.int64).view(-1, WORDS)
+
+    @property
+    def count(self) -> int:
+        """Routed experts."""
+        return len(self.routed)
+
+    def get(self, expert: int) -> Expert:
+        """Return a routed expert that ``require`` was asked for."""
+        return self.routed[expert]
+
+    def require(self, chosen_NK: Tensor) -> None:
+        """Have every chosen expert in memory; here they all are."""
+
+    def place(self, expert: int, weights: Expert) -> None:
+        """Note where the matrices of one routed expert lie."""
+        words = [describe(weight) for weight in weights]
+        self.table[3 * expert : 3 * expert + 3] = torch.tensor(words, dtype=torch.int64)
 
 
 def mixture_reference(
@@ -40,12 +57,13 @@ def mixture_reference(
     routed rows in the order of the choices, and every sum after it are rounded to the dtype of
     ``u``; between roundings the arithmetic is at least FP32.
     """
+    experts.require(chosen_NK)
     high = torch.promote_types(u_ND.dtype, torch.float32)
     out_ND = torch.empty_like(u_ND)
     for n, u_D in enumerate(u_ND.unbind(0)):
         total_D = torch.zeros_like(u_D, dtype=high)
         for expert, gate in zip(chosen_NK[n].tolist(), gates_NK[n].unbind(0), strict=True):
-            total_D += _row(u_D, experts.routed[expert], gate.to(high))
+            total_D += _row(u_D, experts.get(expert), gate.to(high))
         out_ND[n] = total_D.to(u_ND.dtype)
         for shared in experts.shared:
             out_ND[n] = (out_ND[n].to(high) + _row(u_D, shared, torch.ones((), dtype=high))).to(
@@ -71,10 +89,11 @@ def mixture_compiled(
     """Do the same, weights read where they are stored. A row does not depend on its neighbours."""
     require_no_gradient(u_ND)
     u_ND, chosen_NK = u_ND.contiguous(), chosen_NK.contiguous()
+    experts.require(chosen_NK)
     high = torch.promote_types(u_ND.dtype, torch.float32)
     gates_NK = gates_NK.to(high).contiguous()
     out_ND = torch.empty_like(u_ND)
-    sizes = (*u_ND.shape, chosen_NK.shape[1], len(experts.routed), len(experts.shared))
+    sizes = (*u_ND.shape, chosen_NK.shape[1], experts.count, len(experts.shared))
     library.call("mixture", u_ND.dtype, u_ND, chosen_NK, gates_NK, experts.table, out_ND, *sizes)
     return out_ND
 

@@ -21,9 +21,9 @@ WORDS = 7  # of a description
 class Codes:
     """A matrix ``[O, I]`` of codes, a row after the other, with FP32 scales.
 
-    ``data`` is ``[O, I]`` of one byte a code, or ``[O, I / 2]`` for ``int4``: two's complement
-    bytes, E4M3, or nibbles that are 8 above their value, the even column in the low one. A scale
-    counts for ``scale_rows`` rows and ``group`` columns, a multiple of 32: ``scales`` is
+    ``data`` is uint8 ``[O, I]``, or ``[O, I / 2]`` for ``int4``: bytes that are 128 above their
+    value, E4M3, or nibbles that are 8 above it, the even column in the low one. A scale counts for
+    ``scale_rows`` rows and ``group`` columns, a multiple of 32: ``scales`` is
     ``[ceil(O / scale_rows), ceil(I / group)]``. A weight is ``bf16(code * scale)``.
     """
 
@@ -50,7 +50,7 @@ class Codes:
         if self.form == "fp8":
             values = self.data.view(torch.float8_e4m3fn).float()
         elif self.form == "int8":
-            values = self.data.view(torch.int8).float()
+            values = self.data.float() - 128
         else:
             nibbles = torch.stack((self.data & 15, self.data >> 4), dim=-1).flatten(1)
             values = nibbles.float() - 8

@@ -134,9 +134,12 @@ class MixtureOfExperts(nn.Module):
 
     def locate(self) -> Experts:
         """Note where the weights of every expert lie; it holds as long as they stay there."""
+        return Experts(self.experts.store.in_memory(), [self.shared_expert()])
+
+    def shared_expert(self) -> Expert:
+        """Return the matrices of the shared experts, as one of their joint width."""
         one = self.shared_experts
-        shared = Expert(one.gate_proj.weight, one.up_proj.weight, one.down_proj.weight)
-        return Experts(self.experts.store.in_memory(), [shared])
+        return Expert(one.gate_proj.weight, one.up_proj.weight, one.down_proj.weight)
 
     def run_experts(self, sent: Sent | Tensor) -> Tensor:
         return self.experts(sent) if isinstance(sent, Sent) else sent

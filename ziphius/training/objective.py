@@ -59,7 +59,8 @@ def losses(
     for depth, hidden_BTD in enumerate(features.mtp_hidden, start=1):
         mtp = mtp + cross_entropy(hidden_BTD, depth) / len(features.mtp_hidden)
     balance = torch.zeros((), dtype=high, device=tokens_BS.device)
-    for routing in features.routings.values():
+    # Without a weight there is nothing to compute.
+    for routing in features.routings.values() if config.balance_loss_weight else ():
         balance = balance + _balance(routing, tokens_BS.shape[0], config) / sequence_count
     balance = balance * config.balance_loss_weight
     total = main + mtp_loss_weight * mtp + balance

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ziphius.config.pretrain import PretrainConfig
 from ziphius.kernels.adamw import Rates
+from ziphius.kernels.grouped import keep_gradient
 from ziphius.kernels.select import Kernels
 
 _MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -62,4 +63,4 @@ class AdamW:
             rate = learning_rate / correction1
             rates = Rates(c.beta1, c.beta2, decay, rate, correction2, c.adam_eps)
             self.update(p, p.grad, m_kept, v_kept, rates)
-            p.grad = None
+            keep_gradient(p)

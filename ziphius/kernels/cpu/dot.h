@@ -59,7 +59,7 @@ template <class T> void decode(T* to, const Weight& w, int64_t o) {
             case F32: value = ((const float*)row)[k]; break;
             case BF16: value = widen(((const bf16*)row)[k]); break;
             case FP8: value = widen(narrow<bf16>(e4m3(row[k]) * scale)); break;
-            case INT8: value = widen(narrow<bf16>(float(int8_t(row[k])) * scale)); break;
+            case INT8: value = widen(narrow<bf16>(float(int(row[k]) - 128) * scale)); break;
             default: {
                 int code = (row[k / 2] >> (k % 2 * 4) & 15) - 8;
                 value = widen(narrow<bf16>(float(code) * scale));
@@ -112,7 +112,8 @@ template <> struct Codes<F32> {
     struct Group {};
     static Group group(float) { return {}; }
     static __m512bh chunk(const uint8_t* p, Group) {
-        return _mm512_cvtne2ps_pbh(_mm512_loadu_ps((const float*)p + 16), _mm512_loadu_ps((const float*)p));
+        const float* x = (const float*)p;
+        return _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
     }
 };
 
@@ -135,7 +136,8 @@ template <> struct Codes<INT8> {
     using Group = __m512;
     static Group group(float scale) { return _mm512_set1_ps(scale); }
     static __m512 half(const uint8_t* p, __m512 scale) {
-        __m512i code = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+        __m128i bytes = _mm_xor_si128(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(-128));
+        __m512i code = _mm512_cvtepi8_epi32(bytes);
         return _mm512_mul_ps(_mm512_cvtepi32_ps(code), scale);
     }
     static __m512bh chunk(const uint8_t* p, Group scale) {

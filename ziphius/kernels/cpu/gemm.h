@@ -125,36 +125,93 @@ void pack_columns(unit<T>* to, const W* w, int64_t row, int64_t terms, int64_t c
     }
 }
 
+// Take one vector of sums from c, or give it back: `count` numbers of it.
+template <class T> inline typename Unit<T>::V take(const wide<T>* c, int64_t count) {
+    typename Unit<T>::V sum{};
+    std::memcpy(&sum, c, std::clamp<int64_t>(count, 0, LANES<T>) * sizeof(wide<T>));
+    return sum;
+}
+
+template <class T, class O> inline void give(O* c, typename Unit<T>::V sum, int64_t count) {
+    wide<T> row[LANES<T>];
+    std::memcpy(row, &sum, BYTES);
+    for (int64_t n = 0; n < std::min(count, LANES<T>); n++) c[n] = as<O>(row[n]);
+}
+
+// A whole vector of them.
+template <class T> inline typename Unit<T>::V take_all(const wide<T>* c) {
+    typename Unit<T>::V sum;
+    std::memcpy(&sum, c, BYTES);
+    return sum;
+}
+
+template <class T, class O> inline void give_all(O* c, typename Unit<T>::V sum) {
+    if constexpr (std::is_same_v<O, wide<T>>) {
+        std::memcpy(c, &sum, BYTES);
+    } else {
+        wide<T> row[LANES<T>];
+        std::memcpy(row, &sum, BYTES);
+        for (int64_t n = 0; n < LANES<T>; n++) c[n] = as<O>(row[n]);
+    }
+}
+
+#ifdef __AVX512BF16__
+template <> inline void give_all<bf16, bf16>(bf16* c, Unit<bf16>::V sum) {
+    _mm256_storeu_si256((__m256i*)c, (__m256i)_mm512_cvtneps_pbh((__m512)sum));
+}
+#endif
+
 // c [R, width] of a tile, or what is added to it: R rows of a, one panel of NV vectors.
 template <class T, class O, int R, int NV>
 inline void tile(O* c, int64_t c_row, const unit<T>* a, int64_t a_row, int64_t a_term,
                  const unit<T>* b, int64_t count, int64_t width, bool add) {
     using V = typename Unit<T>::V;
     using B = typename Vector<unit<T>>::type;
+    const bool whole = width == NV * LANES<T>;
     V sum[R][NV];
-    for (int r = 0; r < R; r++) {
-        wide<T> row[NV * LANES<T>] = {};
-        if (add)
-            for (int64_t n = 0; n < width; n++) row[n] = as<wide<T>>(c[r * c_row + n]);
-        std::memcpy(sum[r], row, sizeof row);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) sum[r][j] = V{};
+    if constexpr (std::is_same_v<O, wide<T>>) {
+        if (add && whole) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+                for (int j = 0; j < NV; j++)
+                    sum[r][j] = take_all<T>(c + r * c_row + j * LANES<T>);
+        } else if (add) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+                for (int j = 0; j < NV; j++)
+                    sum[r][j] = take<T>(c + r * c_row + j * LANES<T>, width - j * LANES<T>);
+        }
     }
     for (int64_t k = 0; k < count; k++, b += NV * LANES<T>) {
         B row[NV];
+#pragma GCC unroll 8
         for (int j = 0; j < NV; j++) std::memcpy(&row[j], b + j * LANES<T>, BYTES);
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             unit<T> x;
             std::memcpy(&x, a + r * a_row + k * a_term, sizeof x);
+#pragma GCC unroll 8
             for (int j = 0; j < NV; j++) sum[r][j] = Unit<T>::add(sum[r][j], x, row[j]);
         }
     }
-    for (int r = 0; r < R; r++) {
-        wide<T> row[NV * LANES<T>];
-        std::memcpy(row, sum[r], sizeof row);
-        O* out = c + r * c_row;
-        if (width == NV * LANES<T>)
-            for (int64_t n = 0; n < NV * LANES<T>; n++) out[n] = as<O>(row[n]);
-        else
-            for (int64_t n = 0; n < width; n++) out[n] = as<O>(row[n]);
+    if (whole) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int j = 0; j < NV; j++)
+                give_all<T, O>(c + r * c_row + j * LANES<T>, sum[r][j]);
+    } else {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int j = 0; j < NV; j++)
+                give<T, O>(c + r * c_row + j * LANES<T>, sum[r][j], width - j * LANES<T>);
     }
 }
 

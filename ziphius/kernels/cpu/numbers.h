@@ -17,10 +17,12 @@ template <class T> using wide = typename Wide<T>::type;
 
 inline double widen(double x) { return x; }
 inline float widen(float x) { return x; }
-inline float widen(bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+__attribute__((always_inline)) inline float widen(bf16 x) {
+    return __builtin_bit_cast(float, uint32_t(x.bits) << 16);
+}
 
 template <class T> inline T narrow(wide<T> x) { return x; }
-template <> inline bf16 narrow<bf16>(float x) {  // to nearest, ties to even; NaN stays NaN
+template <> __attribute__((always_inline)) inline bf16 narrow<bf16>(float x) {  // to nearest, ties to even; NaN stays NaN
     uint32_t u = __builtin_bit_cast(uint32_t, x);
     uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     return {uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
@@ -40,7 +42,7 @@ template <class T> inline void narrow_row(T* to, const wide<T>* from, int64_t co
 
 // exp in a form that compilers vectorise; 0 below the smallest normal number.
 inline double exponential(double x) { return std::exp(x); }
-inline float exponential(float x) {
+__attribute__((always_inline)) inline float exponential(float x) {
     float clamped = x < -87.3f ? -87.3f : (x > 88.7f ? 88.7f : x);
     float n = __builtin_rintf(clamped * 1.44269504f);
     float r = clamped - n * 0.693145752f - n * 1.42860677e-6f;  // ln 2 in two parts
@@ -59,7 +61,9 @@ inline float exponential(float x) {
     return x != x ? x : (x < -87.3f ? 0.0f : (x > 88.7f ? __builtin_inff() : e));
 }
 
-template <class H> inline H sigmoid(H x) { return H(1) / (H(1) + exponential(-x)); }
+template <class H> __attribute__((always_inline)) inline H sigmoid(H x) {
+    return H(1) / (H(1) + exponential(-x));
+}
 
 // Runs a statement with T set to the element type that the caller has named.
 #define WITH_TYPE(type, ...)                              \
