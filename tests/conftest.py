@@ -17,6 +17,7 @@ import torch
 from hypothesis import settings
 
 from ziphius.kernels.cpu.library import COMPILER, Library, build
+from ziphius.kernels.select import Kernels, answering_kernels
 
 torch.set_num_threads(1)
 
@@ -53,3 +54,11 @@ def kernel_folder(pytestconfig: pytest.Config) -> Path:
 def library(kernel_folder: Path) -> Library:
     """The compiled kernels, built once."""
     return build(kernel_folder)
+
+
+@pytest.fixture(params=["torch", "compiled"])
+def answering(request: pytest.FixtureRequest) -> Kernels:
+    """The kernels that answer: torch's, and the compiled ones."""
+    if request.param == "torch":
+        return answering_kernels(None)
+    return answering_kernels(request.getfixturevalue("kernel_folder"))

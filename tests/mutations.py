@@ -167,8 +167,10 @@ def _in_the_copy(job: Job, folder: Path) -> int:
     sys.dont_write_bytecode = True
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [str(folder), *(path for path in sys.path if path not in (here, str(ROOT)))]
-    off = [f"-pno:{plugin}" for plugin in ("cacheprovider", "xdist", "warnings")]
-    code = pytest.main(["-x", "-q", "--timeout=120", *off, *job.tests])
+    off = [f"-pno:{plugin}" for plugin in ("xdist", "warnings")]
+    # Compiled kernels are kept between mutants, and between runs.
+    kept = ["-o", f"cache_dir={ROOT / '.pytest_cache' / 'mutants'}"]
+    code = pytest.main(["-x", "-q", "--timeout=300", *off, *kept, *job.tests])
     package = sys.modules.get("ziphius")
     if package is None or not Path(str(package.__file__)).is_relative_to(folder):
         print(f"the package under test was {package}")

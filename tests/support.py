@@ -5,6 +5,7 @@ Import it as ``from tests.support import tiny_config, random_model, randomise``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ from torch import Tensor
 from ziphius.config.model import ModelConfig
 from ziphius.config.pretrain import PretrainConfig
 from ziphius.data.rows import Batch
+from ziphius.inference.paged import Batch as Step
+from ziphius.inference.paged import Feed, PagedCache
+from ziphius.kernels.latent import TILE, LatentPages
 from ziphius.kernels.select import Kernels
 from ziphius.model.precision import Precision
 from ziphius.model.transformer import Transformer
@@ -107,6 +111,66 @@ def as_batch(tokens_BS: Tensor) -> Batch:
 def random_batch(config: ModelConfig, batch: int, length: int, *, seed: int = 0) -> Batch:
     """Draw rows of one document each."""
     return as_batch(random_tokens(config, batch, length, seed=seed))
+
+
+def latent_pages(
+    spans: Sequence[tuple[int, int]],
+    width: int,
+    dtype: torch.dtype,
+    *,
+    page: int = TILE,
+    first: int = 0,
+    seed: int = 0,
+) -> LatentPages:
+    """Make a layer's pages for sequences whose new tokens stand at positions ``start`` to ``end``.
+
+    Pages come in no order and hold random rows, those of the new tokens too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    needed = [-(-end // page) for _, end in spans]
+    shuffled = torch.randperm(sum(needed) + 1, generator=generator).tolist()
+    longest = max(needed)
+    tables = torch.zeros(len(spans), longest, dtype=torch.int64)
+    slots, sequence, position = [], [], []
+    for number, (start, end) in enumerate(spans):
+        own = [shuffled.pop() for _ in range(needed[number])]
+        tables[number, : len(own)] = torch.tensor(own)
+        slots += [own[p // page] * page + p % page for p in range(start, end)]
+        sequence += [number] * (end - start)
+        position += range(start, end)
+    pages = torch.randn(sum(needed) + 1, page, width, generator=generator, dtype=torch.float64)
+    where = (torch.tensor(numbers) for numbers in (slots, sequence, position))
+    slots_N, sequence_N, position_N = where
+    return LatentPages(pages.to(dtype), slots_N, tables, sequence_N, position_N, first)
+
+
+class Past:
+    """What a model has read of ``batch`` sequences of equal length, in pages that lie in no order.
+
+    Calling it feeds the next tokens ``[batch, T]`` and returns their logits ``[batch, T, V]``.
+    """
+
+    def __init__(self, model: Transformer, batch: int, capacity: int) -> None:
+        needed = -(-capacity // TILE)
+        self.model, self.length = model, 0
+        self.cache = PagedCache(model, batch * needed, TILE)
+        order = torch.randperm(batch * needed, generator=torch.Generator().manual_seed(1))
+        self.tables = order.view(batch, needed).tolist()
+
+    def step(self, tokens_BT: Tensor) -> Step:
+        """Return the next tokens as a model takes them, without feeding them."""
+        feeds = []
+        for table, tokens in zip(self.tables, tokens_BT.tolist(), strict=True):
+            positions = range(self.length, self.length + len(tokens))
+            slots = [table[p // TILE] * TILE + p % TILE for p in positions]
+            feeds.append(Feed(table, self.length, tokens, slots))
+        return Step(self.cache, feeds)
+
+    def __call__(self, tokens_BT: Tensor) -> Tensor:
+        step = self.step(tokens_BT)
+        logits_1NV = self.model(step.tokens_BT, step)
+        self.length += tokens_BT.shape[1]
+        return logits_1NV[0].unflatten(0, tokens_BT.shape)
 
 
 def step_settings(config: PretrainConfig, rate: float) -> StepSettings:

@@ -5,6 +5,8 @@ Importing the package does no work and brings no heavy library; a name is loaded
     load(path, dtype=..., device=...)   a checkpoint as a module: ids [B, T] to logits [B, T, V]
     save(model, path)                   a model as a Hugging Face checkpoint
     convert(source, target, to=...)     a checkpoint in another form
+    LLM(path)                           a checkpoint that answers: generate, chat, score, stream
+    SamplingParams(...)                 how to choose tokens, and where to stop
     load_recipe(name_or_path)           a recipe, checked
 """
 
@@ -18,14 +20,18 @@ if TYPE_CHECKING:
     from ziphius.config.errors import BadInput, ZiphiusError
     from ziphius.config.model import ModelConfig
     from ziphius.config.recipe import Recipe, load_recipe
+    from ziphius.inference.llm import LLM
+    from ziphius.inference.params import SamplingParams
     from ziphius.model.transformer import Transformer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LLM",
     "BadInput",
     "ModelConfig",
     "Recipe",
+    "SamplingParams",
     "Transformer",
     "ZiphiusError",
     "convert",
@@ -35,9 +41,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "LLM": "ziphius.inference.llm",
     "BadInput": "ziphius.config.errors",
     "ModelConfig": "ziphius.config.model",
     "Recipe": "ziphius.config.recipe",
+    "SamplingParams": "ziphius.inference.params",
     "Transformer": "ziphius.model.transformer",
     "ZiphiusError": "ziphius.config.errors",
     "convert": "ziphius.checkpoint.convert",

@@ -181,6 +181,61 @@ def test_generate_streams_prompts_and_repeats_by_seed(
     ]
 
 
+def test_prompts_of_a_file_are_answered_as_they_are_alone(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = ["--max-tokens", "8", "--temperature", "1.0", "--seed", "3", "--top-k", "40"]
+    alone = []
+    for prompt in ("def ", "class ", "x"):
+        assert ziphius_exits("generate", str(trained), prompt, *how) == 0
+        alone.append(capsys.readouterr().out)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("def \nclass \n\nx", "utf-8")
+    for more in ([], ["--speculation", "on", "--draft-depth", "2"], ["--speculation", "off"]):
+        assert (
+            ziphius_exits("generate", str(trained), "--input-file", str(prompts), *how, *more) == 0
+        )
+        assert capsys.readouterr().out == "---\n".join(alone)
+
+
+def test_generate_writes_what_a_grammar_allows(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    regex = ["--regex", "(yes|no)", "--n", "2", "--temperature", "1", "--min-p", "0"]
+    assert ziphius_exits("generate", str(trained), "It is ", *regex) == 0
+    answers = capsys.readouterr().out.removesuffix("\n").split("\n---\n")
+    assert len(answers) == 2
+    assert set(answers) <= {"It is yes", "It is no"}
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": [[1, 2]]}', "utf-8")
+    assert ziphius_exits("generate", str(trained), "", "--json-schema", str(schema)) == 0
+    assert json.loads(capsys.readouterr().out) == [1, 2]
+
+
+def test_generate_stops_before_a_text(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    how = ["--max-tokens", "30", "--temperature", "1.0"]
+    assert ziphius_exits("generate", str(trained), "def ", *how) == 0
+    whole = capsys.readouterr().out.removesuffix("\n")
+    one, other = whole[len("def ") + 9], whole[len("def ") + 12]
+    stops = ["--stop", one, "--stop", other]
+    assert ziphius_exits("generate", str(trained), "def ", *how, *stops) == 0
+    written = whole.removeprefix("def ")
+    end = min(written.index(one), written.index(other))
+    assert capsys.readouterr().out == f"def {written[:end]}\n"
+
+
+def test_generate_tells_its_speed(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    how = ["--max-tokens", "8", "--stats", "--kernels", "torch", "--cache-tokens", "128"]
+    assert ziphius_exits("generate", str(trained), "def ", *how, "--speculation", "on") == 0
+    told = capsys.readouterr().err
+    assert "tokens/s" in told
+    assert "found in the cache" in told
+    assert "accepted at place 1" in told
+    assert "latent=torch" in told
+    assert ziphius_exits("generate", str(trained), "def ", *how, "--without-mtp") == 0
+    assert "drafts: none" in capsys.readouterr().err
+
+
 def test_inspect_prints_the_published_totals(capsys: pytest.CaptureFixture[str]) -> None:
     assert ziphius_exits("inspect", "671b") == 0
     shown = capsys.readouterr().out
@@ -284,6 +339,21 @@ def test_quickstart_wants_a_number_of_minutes(
         ("x", ["--seed", str(10**20)], "seed"),
         ("x", ["--temperature", "nan"], "temperature"),
         ("x", ["--dtype", "int8"], "dtype"),
+        ("x", ["--top-p", "2"], "top_p = 2.0: use a share"),
+        ("x", ["--max-tokens", "0"], "max_tokens = 0"),
+        ("x", ["--n", "0"], "n = 0"),
+        ("x", ["--stop", ""], "stop = ''"),
+        ("x", ["--regex", "("], "regex"),
+        ("x", ["--regex", "a", "--json-schema", str(Path(__file__))], "give one grammar"),
+        ("x", ["--json-schema", "/no/such/file"], "--json-schema /no/such/file: cannot be read"),
+        ("x", ["--json-schema", str(Path(__file__))], "json_schema is no JSON"),
+        ("x", ["--speculation", "maybe"], "use off, auto or on"),
+        ("x", ["--speculation", "on", "--without-mtp"], "no MTP module"),
+        ("x", ["--draft-depth", "0"], "draft depth = 0"),
+        ("x", ["--kernels", "cuda"], "use auto, compiled or torch"),
+        ("x", ["--cache-tokens", "0"], "holds nothing"),
+        ("x", ["--cache-tokens", "32", "--max-tokens", "60"], "give the cache more memory"),
+        ("x", ["--input-file", "x"], "either a PROMPT or --input-file"),
         ("x" * 3000, [], "shorten the prompt"),
     ],
 )

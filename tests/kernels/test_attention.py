@@ -1,4 +1,4 @@
-"""Both forms of causal attention: versions against each other, against loops, and gradients."""
+"""Causal attention: versions against each other, against loops, and gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ziphius.kernels.attention import (
     WANT_EQUAL_WIDTHS,
     causal_attention_reference,
     equal_widths,
-    latent_attention,
 )
 
 SHAPES = [(2, 3, 7, 6, 4), (1, 1, 1, 2, 2), (2, 2, 9, 4, 11), (1, 4, 16, 8, 8)]  # B H T d v
@@ -100,54 +99,6 @@ def test_gradients_inside_documents(version: str) -> None:
     assert torch.autograd.gradcheck(
         lambda q, k, v: VERSIONS[version](q, k, v, 0.6, documents_BT), inputs
     )
-
-
-# --- the latent form ------------------------------------------------------------------------------
-
-
-@settings(max_examples=40)
-@given(
-    st.integers(1, 2),
-    st.integers(1, 4),
-    st.integers(1, 5),
-    st.integers(0, 6),
-    st.integers(0, 10**6),
-)
-def test_latent_attention_is_attention_with_one_key_for_all_heads(
-    B: int, H: int, T: int, past: int, seed: int
-) -> None:
-    """Keys are latent and rotary part side by side, values the latent; the queries come last."""
-    C, R, S = 5, 2, past + T
-    torch.manual_seed(seed)
-    q_latent, q_rope = torch.randn(B, T, H, C).double(), torch.randn(B, T, H, R).double()
-    latent, k_rope = torch.randn(B, S, C).double(), torch.randn(B, S, R).double()
-    out = latent_attention(q_latent, q_rope, latent, k_rope, 0.4)
-    assert out.shape == (B, T, H, C)
-    # Pad the queries in front, attend causally over all S, and keep the last T.
-    queries = torch.zeros(B, H, S, C + R, dtype=torch.float64)
-    queries[:, :, past:] = torch.cat((q_latent, q_rope), -1).transpose(1, 2)
-    keys = torch.cat((latent, k_rope), -1).unsqueeze(1).expand(B, H, S, C + R)
-    values = latent.unsqueeze(1).expand(B, H, S, C)
-    expected = causal_attention_reference(queries, keys, values, 0.4)[:, :, past:]
-    torch.testing.assert_close(out, expected.transpose(1, 2))
-
-
-def test_latent_attention_sums_in_fp32() -> None:
-    """BF16 queries over a BF16 cache: rounded once, at the end."""
-    q_latent, q_rope = torch.randn(1, 1, 2, 16).bfloat16(), torch.randn(1, 1, 2, 4).bfloat16()
-    latent, k_rope = torch.randn(1, 300, 16).bfloat16(), torch.randn(1, 300, 4).bfloat16()
-    out = latent_attention(q_latent, q_rope, latent, k_rope, 0.1)
-    exact = latent_attention(*(x.double() for x in (q_latent, q_rope, latent, k_rope)), 0.1)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.double(), exact, rtol=2**-8 * 1.01, atol=1e-6)
-
-
-def test_latent_attention_does_not_change_its_inputs() -> None:
-    inputs = [torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 2), torch.randn(1, 5, 4)]
-    inputs.append(torch.randn(1, 5, 2))
-    before = [x.clone() for x in inputs]
-    latent_attention(*inputs, 0.3)
-    assert all(map(torch.equal, inputs, before))
 
 
 # --- equal widths ---------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from tests.support import F64, random_model, random_tokens, tiny_config
+from tests.support import F64, Past, latent_pages, random_model, random_tokens, tiny_config
 from ziphius.config.model import ModelConfig, Yarn
-from ziphius.inference.cache import LatentCache
+from ziphius.kernels.latent import LatentPages
 from ziphius.kernels.select import Kernels
 from ziphius.model.mla import MLA
 from ziphius.model.precision import Precision
@@ -27,9 +27,14 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-def attention(config: ModelConfig, seed: int = 0, precision: Precision = F64) -> MLA:
+def attention(
+    config: ModelConfig,
+    seed: int = 0,
+    precision: Precision = F64,
+    kernels: Kernels | None = None,
+) -> MLA:
     """Build one layer's attention with weights large enough that the softmax is not flat."""
-    mla = MLA(config, precision, Kernels(), None)
+    mla = MLA(config, precision, kernels or Kernels(), None)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in mla.named_parameters():
@@ -40,6 +45,11 @@ def attention(config: ModelConfig, seed: int = 0, precision: Precision = F64) ->
 
 def attend(mla: MLA, config: ModelConfig, x_BTD: Tensor) -> Tensor:
     return mla(x_BTD, rope_at(config, torch.arange(x_BTD.shape[1]), torch.float64))
+
+
+def one_page(config: ModelConfig, length: int, dtype: torch.dtype = torch.float64) -> LatentPages:
+    """Return pages for the first ``length`` positions of one sequence."""
+    return latent_pages([(0, length)], config.kv_lora_rank + config.qk_rope_head_dim, dtype)
 
 
 def by_hand(mla: MLA, c: ModelConfig, x_TD: Tensor) -> Tensor:
@@ -90,43 +100,64 @@ def test_equals_the_reports_equations(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("changes", SHAPES)
-@pytest.mark.parametrize("chunks", [[12], [5, 4, 3], [1] * 12, [7, 1, 1, 3]])
-def test_absorbed_equals_expanded(changes: dict[str, Any], chunks: list[int]) -> None:
+@pytest.mark.parametrize("chunks", [[12], [5, 4, 3], [1] * 12, [33, 1, 31, 5]])
+def test_absorbed_equals_expanded(
+    changes: dict[str, Any], chunks: list[int], answering: Kernels
+) -> None:
     """The same numbers, whether the cache is filled at once, in chunks or token by token."""
-    model = random_model(tiny_config(**changes), precision=F64)
-    tokens_BT = random_tokens(model.config, 2, 12)
-    cache = LatentCache(model, batch=2, capacity=12)
+    plain = random_model(tiny_config(**changes), precision=F64)
+    model = random_model(tiny_config(**changes), precision=F64, kernels=answering)
+    tokens_BT = random_tokens(model.config, 2, sum(chunks))
+    past = Past(model, batch=2, capacity=sum(chunks))
     with torch.no_grad():
-        parts = [model(part_BT, cache) for part_BT in tokens_BT.split(chunks, dim=1)]
-        torch.testing.assert_close(torch.cat(parts, 1), model(tokens_BT), rtol=1e-9, atol=1e-9)
+        parts = [past(part_BT) for part_BT in tokens_BT.split(chunks, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), plain(tokens_BT), rtol=1e-9, atol=1e-9)
 
 
-def test_absorbed_equals_expanded_in_bfloat16() -> None:
+def test_absorbed_equals_expanded_in_bfloat16(answering: Kernels) -> None:
     config = tiny_config()
-    mla = attention(config, precision=Precision(torch.bfloat16, torch.bfloat16))
+    mla = attention(config, precision=Precision(torch.bfloat16, torch.bfloat16), kernels=answering)
     rope = rope_at(config, torch.arange(10), torch.float32)
     x_BTD = torch.randn(1, 10, 24).bfloat16()
-    model = random_model(config, precision=Precision(torch.bfloat16, torch.bfloat16))
-    cache = LatentCache(model, batch=1, capacity=10).layer(0)
     with torch.no_grad():
-        expanded, absorbed = mla(x_BTD, rope), mla(x_BTD, rope, cache)
+        expanded = mla(x_BTD, rope)
+        absorbed = mla(x_BTD, rope, one_page(config, 10, torch.bfloat16))
     assert expanded.dtype == absorbed.dtype == torch.bfloat16
     worst = (expanded.float() - absorbed.float()).abs().max()
     assert worst < 0.03 * expanded.float().abs().max()
 
 
-def test_the_two_parts_of_decoding_make_the_cached_forward() -> None:
+def test_the_two_parts_of_decoding_make_the_cached_forward(answering: Kernels) -> None:
+    """And what the first part appends is the normed latent and the turned key (facts 1.5)."""
     config = tiny_config()
-    mla, x_BTD = attention(config), torch.randn(2, 6, 24, dtype=torch.float64)
+    mla, x_BTD = attention(config, kernels=answering), torch.randn(1, 6, 24, dtype=torch.float64)
     rope = rope_at(config, torch.arange(6), torch.float64)
-    model = random_model(config, precision=F64)
-    caches = [LatentCache(model, batch=2, capacity=6).layer(0) for _ in range(2)]
+    pages = [one_page(config, 6) for _ in range(2)]
     with torch.no_grad():
-        whole = mla(x_BTD, rope, caches[0])
-        new = mla.project(x_BTD, rope)
-        torch.testing.assert_close(mla.core(new, caches[1]), whole, rtol=0, atol=0)
-    assert new.latent_BTC.shape == (2, 6, config.kv_lora_rank)
-    assert new.k_rope_BTR.shape == (2, 6, config.qk_rope_head_dim)
+        whole = mla(x_BTD, rope, pages[0])
+        q_NHc = mla.project(x_BTD, rope, pages[1])
+        assert q_NHc.shape == (6, config.num_attention_heads, 10 + 4)
+        assert torch.equal(pages[0].pages, pages[1].pages)
+        torch.testing.assert_close(mla.core(q_NHc, pages[1]), whole, rtol=0, atol=0)
+        latent_BTC, k_rope_BTR = mla.latents(mla.kv_a_proj_with_mqa(x_BTD), rope)
+    rows_Nc = pages[1].pages.flatten(0, 1)[pages[1].slots_N]
+    torch.testing.assert_close(rows_Nc, torch.cat((latent_BTC, k_rope_BTR), -1)[0])
+
+
+def test_absorbed_projections_are_kept_until_they_are_derived_again(answering: Kernels) -> None:
+    config = tiny_config()
+    mla, x_BTD = attention(config, kernels=answering), torch.randn(1, 6, 24, dtype=torch.float64)
+    rope = rope_at(config, torch.arange(6), torch.float64)
+    with torch.no_grad():
+        derived = mla(x_BTD, rope, one_page(config, 6))
+        mla.absorbed = mla.absorb(torch.float64)
+        assert torch.equal(mla(x_BTD, rope, one_page(config, 6)), derived)
+        mla.kv_b_proj.weight.mul_(2)
+        mla.absorbed = mla.absorb(torch.float64)
+        again = mla(x_BTD, rope, one_page(config, 6))
+        mla.absorbed = None
+        assert torch.equal(mla(x_BTD, rope, one_page(config, 6)), again)
+    assert not torch.equal(again, derived)
 
 
 def test_kernel_versions_agree() -> None:
@@ -181,7 +212,7 @@ def test_the_rotary_key_goes_round_the_norm() -> None:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_the_softmax_scale_is_that_of_the_expanded_heads(cached: bool) -> None:
+def test_the_softmax_scale_is_that_of_the_expanded_heads(cached: bool, answering: Kernels) -> None:
     """``(nope + rope)^-0.5`` in both forms, and not ``(latent + rope)^-0.5`` (facts 13.26).
 
     One head, values that name their position, a query that meets one key: the weight is known.
@@ -195,7 +226,7 @@ def test_the_softmax_scale_is_that_of_the_expanded_heads(cached: bool) -> None:
         qk_rope_head_dim=2,
         v_head_dim=4,
     )
-    mla = attention(config)
+    mla = attention(config, kernels=answering)
     with torch.no_grad():
         for weight in mla.parameters():
             weight.zero_()
@@ -206,8 +237,7 @@ def test_the_softmax_scale_is_that_of_the_expanded_heads(cached: bool) -> None:
         mla.o_proj.weight[:4] = torch.eye(4)
     x_BTD = torch.zeros(1, 2, 8, dtype=torch.float64)
     x_BTD[0, 0, 0] = x_BTD[0, 1, 1] = 1.0  # latents of width 8, after the norm: 1 is sqrt(8)
-    model = random_model(config, precision=F64)
-    cache = LatentCache(model, batch=1, capacity=2).layer(0) if cached else None
+    cache = one_page(config, 2) if cached else None
     with torch.no_grad():
         out_BTD = mla(x_BTD, rope_at(config, torch.arange(2), torch.float64), cache)
     score, size = 3 * 8**0.5 * (4 + 2) ** -0.5, 8**0.5
@@ -217,15 +247,15 @@ def test_the_softmax_scale_is_that_of_the_expanded_heads(cached: bool) -> None:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_the_future_does_not_change_the_past(cached: bool) -> None:
-    model = random_model(precision=F64)
+def test_the_future_does_not_change_the_past(cached: bool, answering: Kernels) -> None:
+    model = random_model(precision=F64, kernels=answering)
     tokens_BT = random_tokens(model.config, 1, 12)
     changed_BT = tokens_BT.clone()
     changed_BT[:, 7:] = (changed_BT[:, 7:] + 1) % model.config.vocab_size
 
     @torch.no_grad()
     def logits(tokens_BT: Tensor) -> Tensor:
-        return model(tokens_BT, LatentCache(model, 1, 12) if cached else None)[0]
+        return (Past(model, 1, 12)(tokens_BT) if cached else model(tokens_BT))[0]
 
     before, after = logits(tokens_BT), logits(changed_BT)
     torch.testing.assert_close(after[:7], before[:7], rtol=1e-12, atol=1e-12)
@@ -251,10 +281,15 @@ def test_the_cached_form_without_compression_has_no_latent_of_the_query() -> Non
     }
 
 
-def test_latent_norms_have_an_eps_of_their_own() -> None:
+@pytest.mark.parametrize("cached", [False, True])
+@torch.no_grad()
+def test_latent_norms_have_an_eps_of_their_own(cached: bool, answering: Kernels) -> None:
     """1e-6 in the published code, whatever rms_norm_eps says."""
     x_BTD = torch.randn(1, 3, 24, dtype=torch.float64) * 1e-3
-    small, large = tiny_config(rms_norm_eps=1e-6), tiny_config(rms_norm_eps=0.5)
-    assert torch.equal(
-        attend(attention(small), small, x_BTD), attend(attention(large), large, x_BTD)
-    )
+    found = []
+    for eps in (1e-6, 0.5):
+        config = tiny_config(rms_norm_eps=eps)
+        rope = rope_at(config, torch.arange(3), torch.float64)
+        cache = one_page(config, 3) if cached else None
+        found.append(attention(config, kernels=answering)(x_BTD, rope, cache))
+    assert torch.equal(*found)

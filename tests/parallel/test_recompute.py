@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support import F32, F64, random_batch, random_model, random_tokens, step_settings
+from tests.support import F32, F64, Past, random_batch, random_model, random_tokens, step_settings
 from ziphius.config.pretrain import PretrainConfig
-from ziphius.inference.cache import LatentCache
 from ziphius.kernels.select import Kernels
 from ziphius.model.precision import Precision
 from ziphius.model.transformer import Transformer
@@ -226,11 +225,9 @@ def test_inference_is_unaffected(how: str, mode: Callable[[], Any]) -> None:
     plain, model = build("none"), build(how)
     tokens_BT = random_tokens(model.config, 2, 9)
     with mode():
-        caches = [LatentCache(m, batch=2, capacity=9) for m in (plain, model)]
-        for part in (tokens_BT[:, :5], tokens_BT[:, 5:6], tokens_BT[:, 6:]):
-            expected, found = (
-                m(part, cache) for m, cache in zip((plain, model), caches, strict=True)
-            )
+        pasts = [Past(m, batch=2, capacity=9) for m in (plain, model)]
+        for part_BT in (tokens_BT[:, :5], tokens_BT[:, 5:6], tokens_BT[:, 6:]):
+            expected, found = (past(part_BT) for past in pasts)
             assert torch.equal(found, expected)
         assert torch.equal(model(tokens_BT), plain(tokens_BT))
 

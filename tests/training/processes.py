@@ -9,7 +9,7 @@ from multiprocessing.process import BaseProcess
 # One process serves all tests of a session, so it is told about all of them.
 _PRELOADED = (
     *("pytest", "torch", "ziphius.training.run", "ziphius.report.page"),
-    *("ziphius.inference.writer", "ziphius.evaluation.baselines", "ziphius.cli.app"),
+    *("ziphius.inference.llm", "ziphius.evaluation.baselines", "ziphius.cli.app"),
     *("rich.progress", "rich.syntax", "rich.table", "rich.panel"),
     *("tests.training.test_kill", "tests.cli.test_signals", "tests.cli.test_faults"),
 )

@@ -6,7 +6,7 @@ import ast
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from ziphius.inference.writer import Writer
+    from ziphius.inference.llm import LLM
 
 # The next token brings its own space: a prompt that ends in one would split the usual pieces.
 PROMPT = "def"
@@ -21,26 +21,26 @@ class Function(NamedTuple):
     parses: bool
 
 
-def write_function(writer: Writer) -> Function:
+def write_function(llm: LLM) -> Function:
     """Return the first of ``TRIES`` samples that is valid Python of more than a line, else the
     one of most lines.
     """
     samples = []
     for seed in range(TRIES):
-        samples.append(_sample(writer, seed))
+        samples.append(_sample(llm, seed))
         if samples[-1].parses:
             return samples[-1]
     return max(samples, key=lambda sample: sample.text.count("\n"))
 
 
-def _sample(writer: Writer, seed: int) -> Function:
+def _sample(llm: LLM, seed: int) -> Function:
     """Write one function: up to the first line that belongs to none."""
     from ziphius.inference.params import SamplingParams
 
     params = SamplingParams(max_tokens=120, temperature=0.4, top_p=0.9, seed=seed)
     text = PROMPT
-    for piece in writer.write(PROMPT, params):
-        text += piece
+    for (delta,) in llm.stream(PROMPT, params):
+        text += delta.text
         lines = text.split("\n")
         ended = [n for n, line in enumerate(lines[1:-1], 1) if line and not line[0].isspace()]
         if ended:

@@ -38,3 +38,27 @@ DType = Annotated[
     str | None,
     typer.Option(help="float64, float32 or bfloat16; by default what the checkpoint says."),
 ]
+Speculation = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|on|off",
+        help="Draft tokens with the MTP module: where that is faster, always, or never.",
+    ),
+]
+DraftDepth = Annotated[int, typer.Option(help="How many tokens to draft at a time.")]
+FastMath = Annotated[
+    bool,
+    typer.Option(
+        "--fast-math", help="Faster sums, whose last bits depend on what else is computed."
+    ),
+]
+KernelChoice = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|compiled|torch",
+        help="What computes: C++ kernels, built once, or plain PyTorch; auto: C++ where it can be.",
+    ),
+]
+CacheTokens = Annotated[
+    int, typer.Option(help="Room for the tokens of all prompts and answers that run at a time.")
+]

@@ -118,9 +118,8 @@ def _measure(
     from ziphius.cli.function import PROMPT, write_function
     from ziphius.data.corpus import Corpus
     from ziphius.data.heldout import select_heldout
-    from ziphius.data.tokenizer import BOS_ID, EOS_ID
     from ziphius.evaluation.baselines import NgramModel, xz_bits_per_byte
-    from ziphius.inference.writer import Writer
+    from ziphius.inference.llm import LLM
     from ziphius.report.loss import draw_loss
 
     corpus = trained.text.corpus
@@ -132,10 +131,9 @@ def _measure(
         ngram = NgramModel(b"".join(document.text.encode() for document in corpus.train))
         summary["ngram_bpb"] = ngram.bits_per_byte(heldout_text)
     display.say("writing a function")
-    tokenizer = trained.text.tokenizer
-    function = write_function(
-        Writer(trained.model, tokenizer, first_ids=(BOS_ID,), stop_ids=frozenset({EOS_ID}))
-    )
+    kernels, cache = recipe.run.kernels, recipe.run.cache
+    llm = LLM.of(trained.model, trained.text.tokenizer, kernels=kernels, kernel_cache=cache)
+    function = write_function(llm)
     summary |= {
         "generated": function.text,
         "generated_seed": function.seed,

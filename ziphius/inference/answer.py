@@ -59,7 +59,7 @@ class Answer:
 
     def take(self, logits: Sequence[Row], drafts: Sequence[int]) -> list[int]:
         """Choose the next tokens; return them, accepted drafts and then one more, or fewer at the
-        end of the answer. An error of the request's own ends it.
+        end of the answer. An error ends it, and nothing else.
         """
         new: list[int] = []
         try:
@@ -70,6 +70,8 @@ class Answer:
                     break
         except RequestError as error:
             self.fail(str(error))
+        except Exception as error:  # a mistake of ours must not end other people's requests
+            self.fail(f"{type(error).__name__}: {' '.join(str(error).split())}")
         return new
 
     def _choose(self, row_V: Row) -> int:

@@ -21,7 +21,7 @@ from ziphius.inference.pages import PagePool
 from ziphius.inference.params import SamplingParams
 from ziphius.inference.request import Request
 from ziphius.inference.scheduler import FOREVER, Scheduler
-from ziphius.inference.sequence import Chunk, Sequence, Stats
+from ziphius.inference.sequence import Chunk, Sequence, Stats, Step
 from ziphius.inference.speculation import Acceptance, Drafter, Mode, Pace
 from ziphius.inference.vocabulary import Vocabulary
 from ziphius.model.transformer import Transformer
@@ -73,7 +73,8 @@ class Engine:
         drafting = options.speculation != "off" and len(model.mtp) > 0
         if options.speculation == "on" and not model.mtp:
             raise BadInput("speculation = on: this checkpoint has no MTP module to draft with")
-        self.pace = Pace(options.speculation if drafting else "off", options.draft_depth)
+        pace = Pace(options.speculation, options.draft_depth)
+        self.pace = pace if drafting else Pace("off", options.draft_depth)
         self.drafter = Drafter(self.forward) if drafting else None
         self.scheduler = Scheduler(
             self.pool,
@@ -110,7 +111,7 @@ class Engine:
         Raises BadInput for what can never be answered and QueueFull for what can't be now.
         ``deadline`` is a time of the engine's clock. ``score_only`` chooses no token.
         """
-        self._check(prompt_ids, params)
+        self.check(prompt_ids, params)
         room = self.model.config.max_position_embeddings - len(prompt_ids)
         most = 0 if score_only else min(params.max_tokens or room, room)
         seed = fresh_seed() if params.seed is None else params.seed
@@ -155,7 +156,8 @@ class Engine:
         """Return the scheduler's numbers of this moment."""
         return self.scheduler.stats()
 
-    def _check(self, prompt_ids: List[int], params: SamplingParams) -> None:
+    def check(self, prompt_ids: List[int], params: SamplingParams) -> None:
+        """Raise BadInput for a prompt or parameters that don't fit the model."""
         c = self.model.config
         if not prompt_ids:
             raise BadInput("the prompt is empty: give at least one token to go on from")
@@ -185,9 +187,22 @@ class Engine:
     # --- a step -----------------------------------------------------------------------------------
 
     def step(self) -> list[Request]:
-        """Compute the next step; return the requests that have something new."""
+        """Compute the next step; return the requests that have something new.
+
+        What breaks a step off ends its requests, because they are half done, and is raised.
+        """
         began = self.clock()
         step = self.scheduler.schedule(began)
+        try:
+            return self._compute(step, began)
+        except BaseException:
+            for chunk in step.chunks:
+                if (held := self._requests.pop(chunk.sequence, None)) is not None:
+                    held[1].fail("the engine broke off while it computed this request")
+            self.scheduler.drop(step)
+            raise
+
+    def _compute(self, step: Step, began: float) -> list[Request]:
         touched: dict[Request, None] = {}
         for sequence in step.expired:
             request, answer = self._requests.pop(sequence)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,13 +13,17 @@ import torch
 from tokenizers import Tokenizer
 
 from ziphius.checkpoint.huggingface import TOKENIZER_FILE, checkpoint_folder
-from ziphius.checkpoint.in_place import load_in_place
+from ziphius.checkpoint.in_place import Loaded, load_in_place
 from ziphius.config.errors import BadInput
+from ziphius.config.table import nearest
 from ziphius.data.tokenizer import read_tokenizer
+from ziphius.inference.chat import ChatTemplate, Message, read_chat_template
 from ziphius.inference.engine import Engine, EngineOptions
 from ziphius.inference.outputs import Delta, RequestOutput
 from ziphius.inference.params import SamplingParams
 from ziphius.inference.request import Request
+from ziphius.inference.sequence import QueueFull
+from ziphius.inference.twin import share, twin
 from ziphius.inference.vocabulary import Vocabulary
 from ziphius.kernels.select import Kernels, answering_kernels, fast_kernels, has_compiler
 from ziphius.model.transformer import Transformer
@@ -25,17 +31,19 @@ from ziphius.model.transformer import Transformer
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
-def choose_kernels(name: str, folder: Path | None, *, exact: bool) -> Kernels:
+def choose_kernels(
+    name: str, folder: str | os.PathLike[str] | None = None, *, exact: bool = True
+) -> Kernels:
     """Return the kernels that ``name`` means: ``auto``, ``compiled`` or ``torch``.
 
-    Raises BadInput for another name, and for ``compiled`` where there is no compiler.
+    ``folder`` keeps the compiled ones, by default the user's cache. Raises BadInput for another
+    name, and for ``compiled`` where there is no compiler.
     """
     if name not in ("auto", "compiled", "torch"):
         raise BadInput(f"kernels = '{name}': use auto, compiled or torch")
     compiled = name == "compiled" or (name == "auto" and has_compiler())
-    folder = folder or Path("~/.cache/ziphius").expanduser()
     choose = answering_kernels if exact else fast_kernels
-    return choose(folder if compiled else None)
+    return choose(Path(folder or "~/.cache/ziphius").expanduser() if compiled else None)
 
 
 class LLM:
@@ -62,37 +70,68 @@ class LLM:
         expert_bytes: int | None = None,
         **options: Any,
     ) -> None:
+        checked = _engine_options(options, exact=not fast_math)
         folder = checkpoint_folder(Path(path))
-        known = EngineOptions.__dataclass_fields__
-        for name in options:
-            if name not in known or name == "exact":
-                from ziphius.config.table import nearest
-
-                raise BadInput(f"unknown option '{name}'{nearest(name, known)}")
-        cache = None if kernel_cache is None else Path(kernel_cache)
-        chosen = choose_kernels(kernels, cache, exact=not fast_math)
+        chosen = choose_kernels(kernels, kernel_cache, exact=not fast_math)
         loaded = load_in_place(
             folder, chosen, dtype, mtp=mtp, verify=verify, expert_bytes=expert_bytes
         )
         tokenizer = None
         if (folder / TOKENIZER_FILE).is_file():
             tokenizer = read_tokenizer(folder / TOKENIZER_FILE)
-        self.folder, self.loaded = folder, loaded
-        self._init(loaded.model, tokenizer, EngineOptions(exact=not fast_math, **options))
+        self._init(loaded.model, tokenizer, checked, loaded=loaded, folder=folder)
 
     @classmethod
-    def of(cls, model: Transformer, tokenizer: Tokenizer | None = None, **options: Any) -> LLM:
-        """Answer with a model that is in memory: the trainer's own, in one process."""
+    def of(
+        cls,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        *,
+        fast_math: bool = False,
+        kernels: str = "auto",
+        kernel_cache: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> LLM:
+        """Answer with a model that is in memory, such as one that is being trained.
+
+        Its weights on the processor are not copied; the kernels are those that answer, whatever
+        the model's own are. After its weights have changed call ``weights_changed``.
+        """
+        checked = _engine_options(options, exact=not fast_math)
+        chosen = choose_kernels(kernels, kernel_cache, exact=not fast_math)
         llm = cls.__new__(cls)
-        llm._init(model, tokenizer, EngineOptions(**options))
+        llm._init(twin(model, chosen), tokenizer, checked, original=model)
         return llm
 
     def _init(
-        self, model: Transformer, tokenizer: Tokenizer | None, options: EngineOptions
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        options: EngineOptions,
+        *,
+        original: Transformer | None = None,
+        loaded: Loaded | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.loaded, self.folder, self._original = loaded, folder, original
         vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
         self.engine = Engine(model, vocabulary, options)
+
+    def weights_changed(self) -> None:
+        """Answer by the weights as they are now, and forget what was computed by earlier ones.
+
+        Raises BadInput while requests are being answered.
+        """
+        if not self.engine.idle:
+            raise BadInput(
+                "weights can't change under requests that are being answered: "
+                "let them end, or cancel them"
+            )
+        if self._original is not None:
+            share(self._original, self.model)
+        self.engine.forward.prepare()
+        self.engine.pool.forget()
 
     # --- answers ----------------------------------------------------------------------------------
 
@@ -107,29 +146,47 @@ class LLM:
 
         A prompt is a text, token ids, or ``{"prompt": ...}`` or ``{"prompt_token_ids": ...}``. One
         ``sampling_params`` serves all, or there is one a prompt. ``on_progress`` gets (answered,
-        all). A prompt that can't be answered raises BadInput before anything is computed.
+        all). One prompt that can't be answered raises BadInput, and none is.
         """
         many = _as_list(prompts)
-        params = _as_params(sampling_params, len(many))
-        encoded = [self.encode(prompt) for prompt in many]
-        requests = [
-            self.engine.add(ids, p, prompt=text)
-            for (text, ids), p in zip(encoded, params, strict=True)
-        ]
-        self._run(requests, on_progress)
-        return [request.result() for request in requests]
+        return self._answer(many, _as_params(sampling_params, len(many)), on_progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several; ``options`` are the chat template's own.
+
+        A message has ``role`` and ``content``. Raises BadInput for messages that are none.
+        """
+        several = bool(messages) and all(isinstance(m, list | tuple) for m in messages)
+        conversations = cast("Sequence[Any]", messages if several else [messages])
+        prompts = [self.encode_chat(one, **options) for one in conversations]
+        return self.generate(prompts, sampling_params, on_progress=on_progress)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The checkpoint's own, or V3's format; may be set to another."""
+        return ChatTemplate() if self.folder is None else read_chat_template(self.folder)
+
+    def encode_chat(self, messages: Sequence[Message], **options: Any) -> dict[str, Any]:
+        """Return a conversation as a prompt: its text, and its tokens with one first token."""
+        text = self.chat_template.render(messages, **options)
+        ids = self._tokens_of(text)
+        first = self.model.config.bos_token_id
+        return {"prompt": text, "prompt_token_ids": ids if ids[:1] == [first] else [first, *ids]}
 
     def score(
         self, prompts: Prompt | Sequence[Prompt], prompt_logprobs: int = 0
     ) -> list[RequestOutput]:
         """Return the log-probability of every prompt's tokens, in ``prompt_logprobs``."""
+        many = _as_list(prompts)
         params = SamplingParams(prompt_logprobs=prompt_logprobs, max_tokens=1)
-        encoded = [self.encode(prompt) for prompt in _as_list(prompts)]
-        requests = [
-            self.engine.add(ids, params, prompt=text, score_only=True) for text, ids in encoded
-        ]
-        self._run(requests, None)
-        return [request.result() for request in requests]
+        return self._answer(many, [params] * len(many), None, score_only=True)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -141,11 +198,15 @@ class LLM:
         text, ids = self.encode(prompt)
         request = self.engine.add(ids, sampling_params or SamplingParams(), prompt=text)
         try:
-            while not request.finished:
-                self.engine.step()
+            while True:
+                # Another stream's steps may have added to this one's answers.
                 deltas = [answer.pull() for answer in request.answers]
                 if any(d.token_ids or d.text or d.finish_reason for d in deltas):
                     yield deltas
+                elif request.finished:
+                    return
+                else:
+                    self.engine.step()
         finally:
             if not request.finished:
                 self.engine.cancel(request)
@@ -153,37 +214,75 @@ class LLM:
     def encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """Return a prompt's text and token ids; a text begins with the config's first token."""
         if isinstance(prompt, Mapping):
-            if set(prompt) == {"prompt_token_ids"}:
-                return None, list(prompt["prompt_token_ids"])
+            if {"prompt_token_ids"} <= set(prompt) <= {"prompt", "prompt_token_ids"}:
+                return prompt.get("prompt"), _as_ids(prompt["prompt_token_ids"])
             if set(prompt) != {"prompt"}:
                 raise BadInput(f"a prompt has 'prompt' or 'prompt_token_ids', not {list(prompt)}")
             prompt = str(prompt["prompt"])
         if not isinstance(prompt, str):
-            return None, list(prompt)
+            return None, _as_ids(prompt)
+        return prompt, [self.model.config.bos_token_id, *self._tokens_of(prompt)]
+
+    def _tokens_of(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise BadInput("this checkpoint has no tokenizer.json: give token ids")
         try:
-            prompt.encode()
+            text.encode()
         except UnicodeEncodeError:
             raise BadInput("the prompt is not valid UTF-8: give text in UTF-8") from None
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
-        return prompt, [self.model.config.bos_token_id, *ids]
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def _run(
-        self, requests: Sequence[Request], on_progress: Callable[[int, int], None] | None
-    ) -> None:
+    def _answer(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        on_progress: Callable[[int, int], None] | None,
+        *,
+        score_only: bool = False,
+    ) -> list[RequestOutput]:
+        jobs = [(*self.encode(prompt), p) for prompt, p in zip(prompts, params, strict=True)]
+        for _, ids, p in jobs:
+            self.engine.check(ids, p)
+        requests: list[Request] = []
+
+        def going() -> bool:
+            done = sum(request.finished for request in requests)
+            if on_progress is not None:
+                on_progress(done, len(jobs))
+            return done < len(jobs)
+
         try:
-            while True:
-                done = sum(request.finished for request in requests)
-                if on_progress is not None:
-                    on_progress(done, len(requests))
-                if done == len(requests):
-                    return
+            for text, ids, p in jobs:
+                while True:
+                    try:
+                        added = self.engine.add(ids, p, prompt=text, score_only=score_only)
+                        break
+                    except QueueFull:
+                        going()
+                        self.engine.step()
+                requests.append(added)
+            while going():
                 self.engine.step()
         except BaseException:
             for request in requests:
                 self.engine.cancel(request)
             raise
+        return [request.result() for request in requests]
+
+
+def _engine_options(options: Mapping[str, Any], *, exact: bool) -> EngineOptions:
+    known = [name for name in EngineOptions.__dataclass_fields__ if name != "exact"]
+    for name in options:
+        if name not in known:
+            raise BadInput(f"unknown option '{name}'{nearest(name, known)}")
+    return EngineOptions(exact=exact, **options)
+
+
+def _as_ids(prompt: Any) -> list[int]:
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise BadInput(f"a prompt is text or a list of token ids, not {prompt!r:.60}") from None
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

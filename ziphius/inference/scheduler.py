@@ -233,6 +233,13 @@ class Scheduler:
             if sequence.state != "ended":
                 self._end(sequence)
 
+    def drop(self, step: Step) -> None:
+        """End the sequences of a step that broke off, at whatever point."""
+        for chunk in step.chunks:
+            self.cancel(chunk.sequence)
+        if step is self._in_flight:
+            self.update(step, {})
+
     def check(self) -> None:
         """Raise AssertionError unless the accounts are right (for tests)."""
         flying = self._in_flight.chunks if self._in_flight else []

@@ -1,4 +1,4 @@
-"""Causal attention in the two forms of MLA: per-head keys and values, or one shared latent."""
+"""Causal attention over per-head keys and values: the expanded form of MLA."""
 
 from __future__ import annotations
 
@@ -154,33 +154,6 @@ def causal_attention_compiled(
 ) -> Tensor:
     """Do the same in blocks that stay in a processor's cache, none of them above the diagonal."""
     return _Compiled.apply(library, q_BHTd, k_BHTd, v_BHTv, scale, documents_BT)
-
-
-def latent_attention(
-    q_latent_BTHC: Tensor,
-    q_rope_BTHR: Tensor,
-    latent_BSC: Tensor,
-    k_rope_BSR: Tensor,
-    scale: float,
-) -> Tensor:
-    """Attend over the latent cache with absorbed queries (facts 1.6): one key for all heads.
-
-    The ``T`` queries are the last of the ``S`` cached positions, so query ``t`` sees the keys up
-    to ``S - T + t``. ``scale`` is the expanded form's, of the width nope + rope. The result
-    ``[B, T, H, C]`` has the queries' dtype; scores, softmax and the sum over keys are at least
-    FP32.
-    """
-    high = torch.promote_types(q_latent_BTHC.dtype, torch.float32)
-    latent_BSC, dtype = latent_BSC.to(high), q_latent_BTHC.dtype
-    scores_BHTS = torch.einsum("bthc,bsc->bhts", q_latent_BTHC.to(high), latent_BSC)
-    scores_BHTS += torch.einsum("bthr,bsr->bhts", q_rope_BTHR.to(high), k_rope_BSR.to(high))
-    scores_BHTS *= scale
-    T, S = scores_BHTS.shape[-2:]
-    if T > 1:
-        future_TS = torch.ones(T, S, dtype=torch.bool, device=scores_BHTS.device).triu(S - T + 1)
-        scores_BHTS = scores_BHTS.masked_fill(future_TS, float("-inf"))
-    weights_BHTS = scores_BHTS.softmax(-1)
-    return torch.einsum("bhts,bsc->bthc", weights_BHTS, latent_BSC).to(dtype)
 
 
 # Versions that pad keys or values unless they are given equal widths.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ziphius.kernels.cpu.library import Library
 from ziphius.kernels.norm import rms_norm_reference
-from ziphius.kernels.project import project_heads_compiled
+from ziphius.kernels.project import project_heads_compiled, require_no_gradient
 
 TILE = 32  # keys that are met at a time; a page holds whole tiles
 
@@ -40,13 +40,14 @@ class TorchLatent:
     ) -> None:
         """Norm latents, rotate shared keys and write the rows where ``slots`` says.
 
-        ``kv`` is ``[N, C + R]``; ``turns`` are cosines and sines ``[N, R / 2]``.
+        ``kv`` is ``[N, C + R]``; ``turns`` are cosines and sines ``[N, R / 2]``. A cache keeps no
+        graph.
         """
         C = len(gain_C)
         latent_NC = rms_norm_reference(kv_Nc[:, :C], gain_C, eps)
         rows_Nc = torch.cat((latent_NC, _turned(kv_Nc[:, C:], *turns)), -1)
         written_N = cache.slots_N >= 0
-        cache.pages.flatten(0, 1)[cache.slots_N[written_N]] = rows_Nc[written_N]
+        cache.pages.flatten(0, 1)[cache.slots_N[written_N]] = rows_Nc[written_N].detach()
 
     def queries(self, q_NHd: Tensor, absorbed_HCn: Tensor, turns: Sequence[Tensor]) -> Tensor:
         """Bring queries ``[N, H, nope + R]`` to the cache's rows: ``[N, H, C + R]``.
@@ -92,13 +93,16 @@ class CompiledLatent:
     def append(
         self, kv_Nc: Tensor, gain_C: Tensor, eps: float, turns: Sequence[Tensor], cache: LatentPages
     ) -> None:
-        kv_Nc, gain_C = kv_Nc.contiguous(), gain_C.to(kv_Nc.dtype)
-        C = len(gain_C)
+        require_no_gradient(kv_Nc)
+        kv_Nc, C = kv_Nc.contiguous(), len(gain_C)
+        # Master weights are not rounded to the rows' dtype: only the product is.
+        gain_C = gain_C.to(torch.promote_types(kv_Nc.dtype, torch.float32)).contiguous()
         sizes = (len(kv_Nc), C, kv_Nc.shape[1] - C, eps)
         tensors = (kv_Nc, gain_C, *turns, cache.slots_N, cache.pages)
         self.library.call("latent_append", kv_Nc.dtype, *tensors, *sizes)
 
     def queries(self, q_NHd: Tensor, absorbed_HCn: Tensor, turns: Sequence[Tensor]) -> Tensor:
+        require_no_gradient(q_NHd)
         q_NHd = q_NHd.contiguous()
         N, H, d = q_NHd.shape
         C, nope = absorbed_HCn.shape[1:]

@@ -23,7 +23,7 @@ from ziphius.kernels.select import Kernels
 from ziphius.model.dispatch import Sent
 from ziphius.model.ffn import Dense, FeedForward, MixtureOfExperts, Routed
 from ziphius.model.layers import Device, RMSNorm
-from ziphius.model.mla import MLA, LayerCache
+from ziphius.model.mla import MLA
 from ziphius.model.precision import Precision
 from ziphius.model.rope import Rope
 from ziphius.model.router import Routing
@@ -61,7 +61,7 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rope: Rope,
-        cache: LayerCache | LatentPages | None = None,
+        cache: LatentPages | None = None,
         documents_BT: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Run the five stages; return the new residual stream and the layer's routing."""
@@ -76,7 +76,7 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rope: Rope,
-        cache: LayerCache | LatentPages | None = None,
+        cache: LatentPages | None = None,
         chosen_NK: Tensor | None = None,
         documents_BT: Tensor | None = None,
     ) -> Attended:

@@ -7,14 +7,13 @@ all heads share one key, the latent itself. Both compute the same function.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
 from ziphius.kernels import attention
-from ziphius.kernels.attention import latent_attention
 from ziphius.kernels.latent import LatentPages
 from ziphius.kernels.select import Kernels
 from ziphius.kernels.stored import Codes
@@ -25,23 +24,6 @@ from ziphius.model.rope import Rope, rotate, softmax_scale
 # The norms on the latents have this eps in the published code and in transformers, whatever the
 # config's rms_norm_eps says (facts 1.2 gives the same value for both).
 LATENT_NORM_EPS = 1e-6
-
-
-class LayerCache(Protocol):
-    """What one layer keeps of the past."""
-
-    def append(self, latent_BTC: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the new positions; return all ``S`` kept ones, ``[B, S, C]`` and ``[B, S, R]``."""
-        ...
-
-
-class Projected(NamedTuple):
-    """What decoding's attention core needs of the new tokens."""
-
-    q_nope_BTHn: Tensor
-    q_rope_BTHR: Tensor
-    latent_BTC: Tensor
-    k_rope_BTR: Tensor
 
 
 class Absorbed(NamedTuple):
@@ -89,33 +71,39 @@ class MLA(nn.Module):
         self,
         x_BTD: Tensor,
         rope: Rope,
-        cache: LayerCache | LatentPages | None = None,
+        cache: LatentPages | None = None,
         documents_BT: Tensor | None = None,
     ) -> Tensor:
         """Attend causally; ``x`` is normed ``[B, T, D]``, the result has its shape.
 
         Without a cache the expanded form runs on the ``T`` tokens alone, inside their documents
-        if those are given. With one the tokens follow what it holds, and the absorbed form runs
-        over everything: a cache is one document.
+        if those are given. With one the tokens are those of many sequences, ``[1, N, D]``, and the
+        absorbed form runs over the pages, which take up their rows: a sequence is one document.
         """
-        if isinstance(cache, LatentPages):
-            return self.over_pages(x_BTD, rope, cache)
         if cache is not None:
             assert documents_BT is None, "a cache holds one document a sequence"
-            return self.core(self.project(x_BTD, rope), cache)
+            return self.core(self.project(x_BTD, rope, cache), cache)
         q_BHTd, k_BHTd, v_BHTv = self.expand(*self.compress(x_BTD), rope)
         out_BHTv = self.attention(q_BHTd, k_BHTd, v_BHTv, self.scale, documents_BT)
         return self.o_proj(out_BHTv[..., : self.v].transpose(1, 2).flatten(-2))
 
-    def over_pages(self, x_BTD: Tensor, rope: Rope, cache: LatentPages) -> Tensor:
-        """Attend for tokens of many sequences, flattened to ``[1, N, D]``, over their pages."""
+    def project(self, x_BTD: Tensor, rope: Rope, cache: LatentPages) -> Tensor:
+        """Append the rows of new tokens ``[1, N, D]``; return their queries in the rows' form.
+
+        The result is ``[N, H, C + R]`` (eq. 1-9 with the keys' up-projection absorbed).
+        """
         q_BTQ, kv_BTc = self.compress(x_BTD)
         gain_C, eps = self.kv_a_layernorm.weight, self.kv_a_layernorm.eps
         self.paged.append(kv_BTc[0], gain_C, eps, rope, cache)
         if self.has_query_latent:
             q_BTQ = self.q_b_proj(self.q_a_layernorm(q_BTQ))
         up = self.absorbed or self.absorb(q_BTQ.dtype)
-        q_NHc = self.paged.queries(q_BTQ[0].unflatten(-1, (self.heads, -1)), up.keys_HCn, rope)
+        q_NHd = q_BTQ[0].unflatten(-1, (self.heads, -1))
+        return self.paged.queries(q_NHd, up.keys_HCn, rope)
+
+    def core(self, q_NHc: Tensor, cache: LatentPages) -> Tensor:
+        """Attend over the pages, and bring what was gathered to the output: ``[1, N, D]``."""
+        up = self.absorbed or self.absorb(q_NHc.dtype)
         z_NHC = self.paged.attend(q_NHc, self.latent, self.scale, cache)
         return self.o_proj(self.paged.values(z_NHC, up.values_HvC).flatten(-2).unsqueeze(0))
 
@@ -126,23 +114,6 @@ class MLA(nn.Module):
         dense_HoC = dense.unflatten(0, (self.heads, -1))
         keys_HCn = dense_HoC[:, : self.nope].transpose(1, 2).contiguous()
         return Absorbed(keys_HCn, dense_HoC[:, self.nope :])
-
-    def project(self, x_BTD: Tensor, rope: Rope) -> Projected:
-        """Compute the queries of new tokens, and the latent and rotary key to cache (eq. 1-9)."""
-        q_BTQ, kv_BTc = self.compress(x_BTD)
-        return Projected(*self.queries(q_BTQ, rope), *self.latents(kv_BTc, rope))
-
-    def core(self, new: Projected, cache: LayerCache) -> Tensor:
-        """Attend in the absorbed form over the cache, which takes up the new tokens first."""
-        latent_BSC, k_rope_BSR = cache.append(new.latent_BTC, new.k_rope_BTR)
-        weight_HoC = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).to(new.latent_BTC.dtype)
-        up_k_HnC, up_v_HvC = weight_HoC.split((self.nope, self.v), dim=1)
-        q_latent_BTHC = torch.einsum("bthn,hnc->bthc", new.q_nope_BTHn, up_k_HnC)
-        z_BTHC = latent_attention(
-            q_latent_BTHC, new.q_rope_BTHR, latent_BSC, k_rope_BSR, self.scale
-        )
-        out_BTHv = torch.einsum("bthc,hvc->bthv", z_BTHC, up_v_HvC)
-        return self.o_proj(out_BTHv.flatten(-2))
 
     def compress(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Down-project to the query latent (or to whole queries, without one) and to latent and

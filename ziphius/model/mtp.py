@@ -10,7 +10,6 @@ from ziphius.kernels.latent import LatentPages
 from ziphius.kernels.select import Kernels
 from ziphius.model.block import Block
 from ziphius.model.layers import Device, Linear, RMSNorm
-from ziphius.model.mla import LayerCache
 from ziphius.model.precision import Precision
 from ziphius.model.rope import Rope
 from ziphius.model.router import Routing
@@ -40,7 +39,7 @@ class MTPModule(nn.Module):
         h_BTD: Tensor,
         embedded_BTD: Tensor,
         rope: Rope,
-        cache: LayerCache | LatentPages | None = None,
+        cache: LatentPages | None = None,
         documents_BT: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Go one depth on: ``h`` of position i meets the embedding of token i + k.

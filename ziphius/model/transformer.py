@@ -15,7 +15,6 @@ from ziphius.kernels.loss import linear_cross_entropy
 from ziphius.kernels.select import Kernels
 from ziphius.model.block import Block
 from ziphius.model.layers import Device, Embedding, Linear, RMSNorm
-from ziphius.model.mla import LayerCache
 from ziphius.model.mtp import MTPModule
 from ziphius.model.precision import Precision
 from ziphius.model.rope import Rope, rope_at
@@ -23,13 +22,13 @@ from ziphius.model.router import Routing
 
 
 class Cache(Protocol):
-    """The past of a batch of sequences, one part a layer."""
+    """The past of the sequences whose new tokens a forward pass is given, ``[1, N]``."""
 
     def rope(self, model: Transformer, length: int) -> Rope:
         """Return the rotary tables of the ``length`` new tokens."""
         ...
 
-    def layer(self, index: int) -> LayerCache | LatentPages:
+    def layer(self, index: int) -> LatentPages:
         """Return the part of one layer, by its global index."""
         ...
 
@@ -86,8 +85,8 @@ class Transformer(nn.Module):
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Compute logits ``[B, T, V]`` for token ids ``[B, T]``.
 
-        With a cache the tokens follow what it holds, and it takes them up. The logits have the
-        compute dtype.
+        With a cache they are ``[1, N]`` tokens of many sequences, which follow what it holds and
+        which it takes up. The logits have the compute dtype.
         """
         hidden_BTD, _ = self.trunk(tokens_BT, cache)
         return self.lm_head(hidden_BTD)
@@ -145,12 +144,12 @@ class Transformer(nn.Module):
             widened=self.kernels.product_dtype(hidden_ND.dtype) != hidden_ND.dtype,
         )
 
-    def rope(self, length: int, start: int = 0) -> Rope:
-        """Compute the rotary tables of ``length`` positions from ``start``, on the model's device.
+    def rope(self, length: int) -> Rope:
+        """Compute the rotary tables of the first ``length`` positions, on the model's device.
 
         The angles are float64 on the CPU: some devices have none.
         """
-        rope = rope_at(self.config, torch.arange(start, start + length), self.precision.high)
+        rope = rope_at(self.config, torch.arange(length), self.precision.high)
         device = self.embed_tokens.weight.device
         return Rope(rope.cos_Tr.to(device), rope.sin_Tr.to(device))
 

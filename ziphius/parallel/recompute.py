@@ -22,7 +22,7 @@ from ziphius.model.block import Attended, Block
 from ziphius.model.experts import RoutedExperts
 from ziphius.model.ffn import SwiGLU
 from ziphius.model.layers import RMSNorm
-from ziphius.model.mla import MLA, LayerCache
+from ziphius.model.mla import MLA
 from ziphius.model.rope import Rope
 from ziphius.model.router import Router
 from ziphius.model.transformer import Features, Transformer
@@ -79,7 +79,7 @@ def _attend_again(
     block: Block,
     x_BTD: Tensor,
     rope: Rope,
-    cache: LayerCache | LatentPages | None = None,
+    cache: LatentPages | None = None,
     chosen_NK: Tensor | None = None,
     documents_BT: Tensor | None = None,
 ) -> Attended:

@@ -69,6 +69,10 @@ template <class T> void decode(T* to, const Weight& w, int64_t o) {
     }
 }
 
+template <class T>
+void products(wide<T>* sums, int64_t stride, const Weight& w, int64_t o, const T* const* x,
+              int64_t count, std::vector<uint8_t>& memory);
+
 // --- any processor: 16 lanes of FP32 or 8 of float64 -------------------------------------------
 
 template <class T> struct Plain {
@@ -265,6 +269,7 @@ void four_decoded(float* sums, int64_t stride, const Weight& w, int64_t o, const
 inline void products(float* sums, int64_t stride, const Weight& w, int64_t o,
                      const bf16* const* x, int64_t count, std::vector<uint8_t>& memory) {
     switch (w.format) {
+        case F64: return products<bf16>(sums, stride, w, o, x, count, memory);
         case F32: return four_decoded<F32>(sums, stride, w, o, x, count, memory);
         case FP8: return four_decoded<FP8>(sums, stride, w, o, x, count, memory);
         case INT8: return four_decoded<INT8>(sums, stride, w, o, x, count, memory);

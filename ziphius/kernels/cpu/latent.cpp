@@ -202,8 +202,8 @@ void attend(const T* q, const Cache<T>& cache, const int64_t* tables, int64_t ta
 
 // Norm the latents, rotate the keys that all heads share, and write both into the rows of the
 // cache that `slots` names; a slot below zero is not written.
-template <class T, class G>
-void append(const T* kv, const G* gain, const wide<T>* cosine, const wide<T>* sine,
+template <class T>
+void append(const T* kv, const wide<T>* gain, const wide<T>* cosine, const wide<T>* sine,
             const int64_t* slots, T* pages, int64_t N, int64_t C, int64_t R, wide<T> eps) {
     using H = wide<T>;
     for (int64_t n = 0; n < N; n++) {
@@ -214,7 +214,7 @@ void append(const T* kv, const G* gain, const wide<T>* cosine, const wide<T>* si
         for (int64_t i = 0; i < C; i++) square += widen(row[i]) * widen(row[i]);
         H inverse = H(1) / std::sqrt(square / H(C) + eps);
         for (int64_t i = 0; i < C; i++)
-            to[i] = narrow<T>(widen(row[i]) * inverse * H(widen(gain[i])));
+            to[i] = narrow<T>(widen(row[i]) * inverse * gain[i]);
         for (int64_t i = 0; i < R / 2; i++) {
             H even = widen(row[C + 2 * i]), odd = widen(row[C + 2 * i + 1]);
             H c = cosine[n * R / 2 + i], s = sine[n * R / 2 + i];
@@ -255,11 +255,11 @@ extern "C" void latent_attend(int64_t type, const void* q, const void* pages, in
                               threads))
 }
 
-// kv [N, C + R] before norm and rotation; cosine and sine [N, R / 2]; gain [C] of the type of kv.
+// kv [N, C + R] before norm and rotation; cosine and sine [N, R / 2]; gain [C]; these three are wide.
 extern "C" void latent_append(int64_t type, const void* kv, const void* gain, const void* cosine,
                               const void* sine, const int64_t* slots, void* pages, int64_t N,
                               int64_t C, int64_t R, double eps, int64_t threads) {
-    WITH_TYPE(type, append<T>((const T*)kv, (const T*)gain, (const wide<T>*)cosine,
+    WITH_TYPE(type, append<T>((const T*)kv, (const wide<T>*)gain, (const wide<T>*)cosine,
                               (const wide<T>*)sine, slots, (T*)pages, N, C, R, wide<T>(eps)))
 }
 

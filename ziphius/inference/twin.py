@@ -1,0 +1,30 @@
+"""A second model over the weights of a first: one that answers beside one that learns."""
+
+from __future__ import annotations
+
+from ziphius.kernels.select import Kernels
+from ziphius.model.ffn import MixtureOfExperts
+from ziphius.model.transformer import Transformer
+
+
+def twin(model: Transformer, kernels: Kernels) -> Transformer:
+    """Return a model that computes with ``kernels`` and has no weight of its own.
+
+    Weights on the processor are shared, so what changes them in place changes both; those on
+    another device are copied.
+    """
+    other = Transformer(model.config, model.precision, kernels=kernels, device="meta")
+    share(model, other)
+    return other.eval()
+
+
+def share(model: Transformer, other: Transformer) -> None:
+    """Make the weights of ``model`` those of ``other``, a model of the same configuration."""
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    other.load_state_dict(state, assign=True)
+    other.requires_grad_(False)
+    for ours, theirs in zip(model.blocks(), other.blocks(), strict=True):
+        if isinstance(ours.block.mlp, MixtureOfExperts):
+            assert isinstance(theirs.block.mlp, MixtureOfExperts), "the configuration is the same"
+            slots = ours.block.mlp.experts.store.slot_to_expert
+            theirs.block.mlp.experts.store.slot_to_expert = slots
