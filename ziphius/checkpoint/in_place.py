@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ziphius.checkpoint.arena import Arena
 from ziphius.checkpoint.config_json import raw_config, read_config, stored_dtype, stored_form
 from ziphius.checkpoint.files import check_manifest
 from ziphius.checkpoint.huggingface import (
@@ -78,10 +79,13 @@ def load_in_place(
         weights = WeightReader(reader, config, stored_form(raw))
         weights.require_complete(skip_mtp=not mtp)
         model = Transformer(config, precision, kernels=kernels, device="meta").eval()
-        source = Source(weights, chosen)
+        source = Source(weights, chosen, Arena())
         for name, module, attribute in _places(model):
             _put(module, attribute, source.read(name))
-        cache = None if expert_bytes is None else ExpertCache(expert_bytes)
+        cache = None
+        if expert_bytes is not None:
+            # Experts come and go: each has memory of its own.
+            cache, source.arena = ExpertCache(expert_bytes), None
         _put_experts(model, source, cache)
     except BaseException:
         reader.close()
@@ -94,15 +98,19 @@ def load_in_place(
 class Source:
     """Weights as products take them: tensors of one dtype, or codes."""
 
-    def __init__(self, weights: WeightReader, dtype: torch.dtype) -> None:
-        self.weights, self.dtype = weights, dtype
+    def __init__(self, weights: WeightReader, dtype: torch.dtype, arena: Arena | None) -> None:
+        self.weights, self.dtype, self.arena = weights, dtype, arena
         self.bytes = 0  # read so far
 
     def read(self, name: str) -> Weight:
         """Return one weight. Codes of a shape that products can't take become numbers."""
         weight = self._weight(name)
         self.bytes += weight.nbytes
-        return weight
+        if self.arena is None:
+            return weight
+        if isinstance(weight, Codes):
+            return replace(weight, data=self.arena.place(weight.data))
+        return self.arena.place(weight)
 
     def _weight(self, name: str) -> Weight:
         stored = self.weights.stored(name)

@@ -184,6 +184,9 @@ inline void four(float* sums, int64_t stride, const Weight& w, int64_t o, const 
     using F = Codes<FORMAT>;
     const uint8_t* rows[4];
     const float* scales[4];
+    // The next four rows are on their way while these are met: single rows are too short for a
+    // processor to notice that they are read in order.
+    const int64_t ahead = 4 * w.row_bytes();
     for (int r = 0; r < 4; r++) {
         int64_t row = std::min(o + r, w.rows - 1);
         rows[r] = w.row(row);
@@ -199,7 +202,11 @@ inline void four(float* sums, int64_t stride, const Weight& w, int64_t o, const 
         for (int r = 0; r < 4; r++) at[r] = F::group(FORMAT >= FP8 ? scales[r][start / step] : 1);
         for (; k + CHUNK <= end; k += CHUNK) {
             __m512bh weight[4];
-            for (int r = 0; r < 4; r++) weight[r] = F::chunk(rows[r] + k / CHUNK * F::BYTES, at[r]);
+            for (int r = 0; r < 4; r++) {
+                const uint8_t* p = rows[r] + k / CHUNK * F::BYTES;
+                if (C == 1) _mm_prefetch((const char*)p + ahead, _MM_HINT_T0);
+                weight[r] = F::chunk(p, at[r]);
+            }
             for (int c = 0; c < C; c++) {
                 __m512bh y = (__m512bh)_mm512_loadu_si512(x[c] + k);
                 for (int r = 0; r < 4; r++) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], weight[r], y);
