@@ -49,7 +49,7 @@ DraftDepth = Annotated[int, typer.Option(help="How many tokens to draft at a tim
 FastMath = Annotated[
     bool,
     typer.Option(
-        "--fast-math", help="Faster sums, whose last bits depend on what else is computed."
+        "--fast-math", help="Faster for long prompts; last bits depend on what else is computed."
     ),
 ]
 KernelChoice = Annotated[
