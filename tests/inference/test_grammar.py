@@ -31,8 +31,7 @@ SPARE = 7  # rows of the model's vocabulary that no token has
 
 
 @pytest.fixture(scope="module")
-def grammars() -> Grammars:
-    vocabulary = Vocabulary(train_tokenizer([TEXT * 3], 340))
+def grammars(vocabulary: Vocabulary) -> Grammars:
     return Grammars(vocabulary, [EOS_ID], 340 + SPARE)
 
 

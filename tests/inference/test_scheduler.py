@@ -168,16 +168,17 @@ class Machine(RuleBasedStateMachine):
     @initialize(
         n_pages=st.integers(1, 10), page_size=st.integers(1, 4), max_running=st.integers(1, 4),
         more=st.integers(0, 8), chunk=st.integers(1, 8), recompute=st.integers(0, 1),
-        depth=st.integers(0, 3), reuse=st.booleans(), rng=st.randoms(use_true_random=False),
+        depth=st.integers(0, 3), reuse=st.booleans(), seed=st.integers(0, 10**6),
     )  # fmt: skip
     def start(
         self, n_pages: int, page_size: int, max_running: int, more: int, chunk: int, recompute: int,
-        depth: int, reuse: bool, rng: random.Random,
+        depth: int, reuse: bool, seed: int,
     ) -> None:  # fmt: skip
         some = scheduler(
             n_pages, page_size, reuse=reuse, max_running=max_running, prefill_chunk=chunk,
             max_step_tokens=max_running + more, max_waiting=6, recompute=recompute,
         )  # fmt: skip
+        rng = random.Random(seed)
         self.load = Load(Engine(some, rng, depth), rng)
 
     @rule(

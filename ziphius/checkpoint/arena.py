@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 ALIGNED = 64
-BLOCK = 256 << 20  # bytes taken at a time
+BLOCK = 8 << 20  # bytes taken at a time
 
 
 class Arena:
