@@ -296,3 +296,20 @@ def test_gradients_are_refused_where_they_would_be_lost(compiled: CompiledLatent
         compiled.append(torch.randn(3, 9, requires_grad=True), torch.ones(7), 1e-6, angles, cache)
     with pytest.raises(RuntimeError, match="no backward"):
         compiled.queries(torch.randn(3, 2, 9, requires_grad=True), torch.randn(2, 3, 7), angles)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [9, 64])
+def test_what_lies_before_the_first_key_may_be_anything(
+    latent: Latent, dtype: torch.dtype, width: int
+) -> None:
+    """The MTP layer never writes its first row: an earlier holder may have left NaN there."""
+    cache = latent_pages([(1, 3), (30, 40)], width + 8, dtype, first=1)
+    q_NHc = queries(cache, 2, dtype)
+    before_NHC = latent.attend(q_NHc, width, 0.5, cache)
+    rows = cache.pages.clone()
+    for sequence in (0, 1):
+        rows[cache.tables[sequence, 0], 0] = float("nan")
+    after_NHC = latent.attend(q_NHc, width, 0.5, cache._replace(pages=rows))
+    assert torch.equal(after_NHC, before_NHC)
+    assert after_NHC.isfinite().all()

@@ -60,12 +60,12 @@ template <class T> bool paired(int64_t C) {
 // z [rows][C] = z * fading + weights [rows][TILE] times the tile's values.
 template <class T>
 void plain(wide<T>* z, const T* weights, const wide<T>* fading, const T* tile, int64_t row,
-            int64_t rows, int64_t C, int64_t seen) {
+            int64_t rows, int64_t C, int64_t from, int64_t seen) {
     using H = wide<T>;
     for (int64_t r = 0; r < rows; r++) {
         H* to = z + r * C;
         for (int64_t i = 0; i < C; i++) to[i] *= fading[r];
-        for (int64_t k = 0; k < seen; k++) {
+        for (int64_t k = from; k < seen; k++) {
             H weight = widen(weights[r * TILE + k]);
             const T* value = tile + k * row;
             for (int64_t i = 0; i < C; i++) to[i] += weight * widen(value[i]);
@@ -75,21 +75,23 @@ void plain(wide<T>* z, const T* weights, const wide<T>* fading, const T* tile, i
 
 template <class T>
 void gather(wide<T>* z, const T* weights, const wide<T>* fading, const T* tile, int64_t row,
-            int64_t rows, int64_t C, int64_t seen) {
-    plain(z, weights, fading, tile, row, rows, C, seen);
+            int64_t rows, int64_t C, int64_t from, int64_t seen) {
+    plain(z, weights, fading, tile, row, rows, C, from, seen);
 }
 
 #ifdef __AVX512BF16__
 // The same in pairs of keys. Numbers of z lie as the pairs come out of their registers: see `put`.
 template <int R>
 void pairs(float* z, int64_t z_row, const bf16* weights, const float* fading, const bf16* tile,
-           int64_t row, int64_t columns, int64_t seen) {
+           int64_t row, int64_t columns, int64_t from, int64_t seen) {
     for (int64_t i = 0; i < columns; i += 64) {
         __m512 sum[R][4];
         for (int r = 0; r < R; r++)
             for (int j = 0; j < 4; j++) sum[r][j] = _mm512_setzero_ps();
-        for (int64_t k = 0; k < seen; k += 2) {
+        for (int64_t k = from / 2 * 2; k < seen; k += 2) {
             const bf16 *low = tile + k * row + i, *high = k + 1 < seen ? low + row : low;
+            // What lies before the first key may be anything, and zero times NaN is NaN.
+            if (k < from) low = high;
             __m512i a = _mm512_loadu_si512(low), b = _mm512_loadu_si512(high);
             __m512i c = _mm512_loadu_si512(low + 32), d = _mm512_loadu_si512(high + 32);
             __m512i pair[4] = {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b),
@@ -113,12 +115,12 @@ void pairs(float* z, int64_t z_row, const bf16* weights, const float* fading, co
 
 template <>
 void gather<bf16>(float* z, const bf16* weights, const float* fading, const bf16* tile, int64_t row,
-                  int64_t rows, int64_t C, int64_t seen) {
-    if (!paired<bf16>(C)) return plain(z, weights, fading, tile, row, rows, C, seen);
+                  int64_t rows, int64_t C, int64_t from, int64_t seen) {
+    if (!paired<bf16>(C)) return plain(z, weights, fading, tile, row, rows, C, from, seen);
     for (; rows >= 4; rows -= 4, z += 4 * C, weights += 4 * TILE, fading += 4)
-        pairs<4>(z, C, weights, fading, tile, row, C, seen);
+        pairs<4>(z, C, weights, fading, tile, row, C, from, seen);
     for (; rows; rows--, z += C, weights += TILE, fading++)
-        pairs<1>(z, C, weights, fading, tile, row, C, seen);
+        pairs<1>(z, C, weights, fading, tile, row, C, from, seen);
 }
 #endif
 
@@ -190,7 +192,8 @@ void attend(const T* q, const Cache<T>& cache, const int64_t* tables, int64_t ta
                     fading[r] = soften(row, soft[r], scale, first - key, ends[r] - key);
                     narrow_row(weights.data() + r * TILE, row, TILE);
                 }
-                gather<T>(z.data(), weights.data(), fading, tile, width, rows, cache.C, seen);
+                gather<T>(z.data(), weights.data(), fading, tile, width, rows, cache.C,
+                          std::max<int64_t>(0, std::min(first - key, seen)), seen);
             }
             for (int64_t r = 0; r < rows; r++) {
                 int64_t n = w.token + r / w.heads, h = w.head + r % w.heads;
