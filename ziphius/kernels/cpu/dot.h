@@ -204,7 +204,7 @@ inline void four(float* sums, int64_t stride, const Weight& w, int64_t o, const 
             __m512bh weight[4];
             for (int r = 0; r < 4; r++) {
                 const uint8_t* p = rows[r] + k / CHUNK * F::BYTES;
-                if (C == 1) _mm_prefetch((const char*)p + ahead, _MM_HINT_T0);
+                _mm_prefetch((const char*)p + ahead, _MM_HINT_T0);
                 weight[r] = F::chunk(p, at[r]);
             }
             for (int c = 0; c < C; c++) {
