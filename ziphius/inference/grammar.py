@@ -99,6 +99,8 @@ class Matcher:
     def mask(self) -> Mask:
         """Return ``[V]``: which tokens may come next, end tokens where the text may end.
 
+        Where the grammar forces bytes, of the tokens that spell them only the usual ones may come.
+
         Raises RequestError when the grammar has become too complex to follow.
         """
         if self._ended:
