@@ -32,6 +32,8 @@ from ziphius.kernels.cpu.library import COMPILER, Library, build
 
 COMPILED = "cpp"
 _PRODUCTS = (torch.bfloat16, torch.float32)
+# Processors differ by a factor of two either way; a busy machine should not turn the answer.
+_MARGIN = 1.2
 # Of every operation the table of versions, and the one that needs the library, if there is one.
 OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
     "choose": (choose.VERSIONS, choose.COMPILED),
@@ -159,4 +161,4 @@ def widening_pays(size: int = 512, rounds: int = 12) -> bool:
                 best[dtype] = min(best[dtype], time.perf_counter() - began)
     finally:
         torch.set_num_threads(threads)
-    return best[torch.float32] < best[torch.bfloat16]
+    return best[torch.float32] * _MARGIN < best[torch.bfloat16]
