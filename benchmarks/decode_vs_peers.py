@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -194,6 +195,7 @@ def search(candidate: Candidate, ways: dict[str, list[str]], options: argparse.N
                 print(f"{candidate.name} can't {measure} as {variant}: {error}", file=sys.stderr)
             else:
                 speeds[variant] = max(tries[1:])
+                print(f"  {measure} {variant}: {speeds[variant]:,.1f}", file=sys.stderr, flush=True)
         candidate.variants[measure] = max(speeds, key=speeds.__getitem__, default=variants[0])
 
 
@@ -331,6 +333,7 @@ def figures_of(candidates: list[Candidate]) -> dict[str, Any]:
 
 def main() -> None:
     options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that engines are ended
     torch.set_num_threads(options.threads)
     folder = options.environments / "checkpoints"
     options.environments.mkdir(parents=True, exist_ok=True)
