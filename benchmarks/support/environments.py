@@ -66,7 +66,7 @@ def llama_python(folder: Path) -> str:
     archive = llama_archive(folder)
     _say("building llama.cpp from its source: about 5 minutes on 2 cores")
     # The package's other builds are for any processor, hence without AVX-512.
-    _pip(python, "install", str(archive), CMAKE_ARGS="-DGGML_NATIVE=ON")
+    _pip(python, "install", str(archive), CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF")
     return _complete(LLAMA, folder)
 
 

@@ -16,19 +16,23 @@ cache of prefixes.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 READY = "ready"
+END_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 
 
 def serve(load: Callable[[], Any]) -> None:
     """Load an engine, say that it is ready, and answer until standard input ends."""
+    ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
     # Engines print what they like: it goes to the log.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -10,12 +10,15 @@ from rich.table import Table
 
 
 def show_speeds(figures: Mapping[str, Any], measures: Sequence[str]) -> None:
-    """Tokens a second of every engine, and how it computed."""
-    table = Table("engine", "weights", *_headings(measures), "mean batch", title="tokens/s")
+    """Tokens a second of every engine: the median of the rounds, and the best of them."""
+    title = "tokens/s: median (best)"
+    table = Table("engine", "weights", *_headings(measures), "mean batch", title=title)
     for name, details in figures["details"].items():
         engine, weights = name.split(" ")
-        speeds = [f"{figures[engine][weights][m]:,.1f}" for m in measures]
-        batches = [f"{details['batch'][m]:.1f}" for m in measures if m.startswith("decode")]
+        speeds = [
+            f"{figures[engine][weights][m]:,.0f} ({details['range'][m][1]:,.0f})" for m in measures
+        ]
+        batches = [f"{details['batch'][m]:.0f}" for m in measures if m.startswith("decode")]
         table.add_row(engine, weights, *speeds, " ".join(batches))
     _print(table)
 
@@ -24,7 +27,7 @@ def show_ratios(ratios: Mapping[str, Any], measures: Sequence[str]) -> None:
     """Ziphius beside the best peer of equal bits."""
     table = Table("ziphius", *_headings(measures), title="ratio to the best peer of equal bits")
     for weights, row in ratios.items():
-        cells = [f"{row[m]['ratio']:.2f} {row[m]['peer']}" for m in measures]
+        cells = [f"{row[m]['ratio']:.2f}  {row[m]['peer']}" for m in measures]
         table.add_row(weights, *cells)
     if ratios:
         _print(table)
@@ -47,4 +50,4 @@ def _headings(measures: Sequence[str]) -> list[str]:
 
 
 def _print(table: Table) -> None:
-    Console(stderr=True).print(table)
+    Console(stderr=True, width=130).print(table)
