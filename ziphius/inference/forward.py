@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ziphius.checkpoint.in_place import LazyExperts
 from ziphius.inference.paged import Batch, Feed, PagedCache
+from ziphius.inference.repeat import Part, Repeats
 from ziphius.kernels.latent import LatentPages
 from ziphius.model.ffn import MixtureOfExperts
 from ziphius.model.rope import Rope
-from ziphius.model.transformer import Transformer
+from ziphius.model.transformer import Cache, Transformer
 
 
 class Forward:
@@ -24,7 +25,9 @@ class Forward:
 
     def __init__(self, model: Transformer, cache: PagedCache, *, exact: bool) -> None:
         self.model, self.cache = model, cache
-        self.singly = exact and model.kernels.library is None
+        library = model.kernels.library
+        self.singly = exact and library is None
+        self.repeats = Repeats(model, cache, library) if library is not None else None
         self.prepare()
 
     def prepare(self) -> None:
@@ -37,14 +40,20 @@ class Forward:
                 block.mlp.places, LazyExperts
             ):
                 block.mlp.places = block.mlp.locate()
+        if self.repeats is not None:
+            self.repeats.forget()
 
     @torch.no_grad()
     def hidden(self, feeds: Sequence[Feed]) -> Tensor:
-        """Run the main layers over the tokens of ``feeds``, in order: ``[N, D]``, normed."""
+        """Run the main layers over the tokens of ``feeds``, in order: ``[N, D]``, normed.
+
+        The result is valid until the next step.
+        """
         batch = Batch(self.cache, feeds)
-        if not self.singly:
-            return self.model.trunk(batch.tokens_BT, batch)[0][0]
-        return self._singly(lambda one, _: self.model.trunk(one.tokens_BT, one)[0][0], batch)
+        return self._run(self._main, batch, self.model.embed_tokens(batch.tokens_BT))
+
+    def _main(self, rope: Rope, cache: Cache, x_BTD: Tensor) -> Tensor:
+        return self.model.layers_on(x_BTD, rope, cache)[0][0]
 
     @torch.no_grad()
     def logits(self, hidden_ND: Tensor) -> Tensor:
@@ -64,16 +73,12 @@ class Forward:
         ``t_i`` (facts 3.3). Returns the block's output ``[N, D]``, not normed.
         """
         batch = Batch(self.cache, feeds, turned=1)
-        if not self.singly:
-            return self._draft(batch, hidden_ND)
-        return self._singly(lambda one, n: self._draft(one, hidden_ND[n : n + 1]), batch)
+        embedded_BTD = self.model.embed_tokens(batch.tokens_BT)
+        return self._run(self._mtp, batch, embedded_BTD, hidden_ND.unsqueeze(0))
 
-    def _draft(self, batch: Batch | One, hidden_ND: Tensor) -> Tensor:
-        model, module = self.model, self.model.mtp[0]
-        embedded_BTD = model.embed_tokens(batch.tokens_BT)
-        rope = batch.rope(model, embedded_BTD.shape[1])
-        layer = batch.layer(len(model.layers))
-        return module(hidden_ND.unsqueeze(0), embedded_BTD, rope, layer)[0][0]
+    def _mtp(self, rope: Rope, cache: Cache, embedded_BTD: Tensor, h_BTD: Tensor) -> Tensor:
+        layer = cache.layer(len(self.model.layers))
+        return self.model.mtp[0](h_BTD, embedded_BTD, rope, layer)[0][0]
 
     @torch.no_grad()
     def draft_logits(self, hidden_ND: Tensor) -> Tensor:
@@ -83,8 +88,17 @@ class Forward:
         norm = self.model.mtp[0].norm
         return self.logits(torch.cat([norm(row_1D) for row_1D in hidden_ND.split(1)]))
 
-    def _singly(self, run: Callable[[One, int], Tensor], batch: Batch) -> Tensor:
-        return torch.cat([run(One(batch, n), n) for n in range(batch.tokens_BT.shape[1])])
+    def _run(self, part: Part, batch: Batch, *rows: Tensor) -> Tensor:
+        """Compute a part of the model over a batch, whose rows are ``[1, N, ..]``."""
+        N = batch.tokens_BT.shape[1]
+        if self.singly:
+            each = (One(batch, n) for n in range(N))
+            alone = [(one, [x[:, n : n + 1] for x in rows]) for n, one in enumerate(each)]
+            return torch.cat([part(one.rope(self.model, 1), one, *x) for one, x in alone])
+        repeated = None if self.repeats is None else self.repeats.run(part, batch, *rows)
+        if repeated is not None:
+            return repeated
+        return part(batch.rope(self.model, N), batch, *rows)
 
 
 class One:

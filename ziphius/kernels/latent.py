@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ziphius.kernels.cpu.library import Library
+from ziphius.kernels.cpu.library import TYPES, Library
 from ziphius.kernels.norm import rms_norm_reference
 from ziphius.kernels.project import project_heads_compiled, require_no_gradient
 
@@ -95,10 +95,9 @@ class CompiledLatent:
     ) -> None:
         require_no_gradient(kv_Nc)
         kv_Nc, C = kv_Nc.contiguous(), len(gain_C)
-        # Master weights are not rounded to the rows' dtype: only the product is.
-        gain_C = gain_C.to(torch.promote_types(kv_Nc.dtype, torch.float32)).contiguous()
         sizes = (len(kv_Nc), C, kv_Nc.shape[1] - C, eps)
-        tensors = (kv_Nc, gain_C, *turns, cache.slots_N, cache.pages)
+        gain = (TYPES[gain_C.dtype], gain_C.contiguous())
+        tensors = (kv_Nc, *gain, *turns, cache.slots_N, cache.pages)
         self.library.call("latent_append", kv_Nc.dtype, *tensors, *sizes)
 
     def queries(self, q_NHd: Tensor, absorbed_HCn: Tensor, turns: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ziphius.kernels.cpu.library import Library
+from ziphius.kernels.cpu.library import TYPES, Library
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -58,10 +58,11 @@ def _compiled_forward(
     library: Library, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
-    x_ND, gain_D = _rows(x), weight.to(wide).contiguous()
+    x_ND, gain_D = _rows(x), weight.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
     inverse_root_N = torch.empty(x_ND.shape[0], dtype=wide)
-    arguments = (x_ND, x_ND.stride(0), gain_D, out, inverse_root_N, *x_ND.shape, eps)
+    gain = (TYPES[gain_D.dtype], gain_D)
+    arguments = (x_ND, x_ND.stride(0), *gain, out, inverse_root_N, *x_ND.shape, eps)
     library.call("norm_forward", x.dtype, *arguments)
     return out, inverse_root_N
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ziphius.kernels import (
     mixture,
     norm,
     permute,
+    rows,
     swiglu,
 )
 from ziphius.kernels.cpu.library import COMPILER, Library, build
@@ -51,9 +52,14 @@ OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
     "gate": (choose.GATE_VERSIONS, choose.GATE_COMPILED),
     "mixture": (mixture.VERSIONS, mixture.COMPILED),
     "latent": (latent.VERSIONS, latent.COMPILED),
+    "residual": (rows.RESIDUAL_VERSIONS, rows.RESIDUAL_COMPILED),
+    "join": (rows.JOIN_VERSIONS, rows.JOIN_COMPILED),
+    "widen": (rows.WIDEN_VERSIONS, rows.WIDEN_COMPILED),
 }
 # Their compiled versions have no backward.
-ANSWERING = frozenset({"linear", "sigmoid", "gate", "mixture", "latent"})
+ANSWERING = frozenset(
+    {"linear", "sigmoid", "gate", "mixture", "latent", "residual", "join", "widen"}
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,9 @@ class Kernels:
     gate: str = "torch"
     mixture: str = "stages"
     latent: str = "torch"
+    residual: str = "torch"
+    join: str = "torch"
+    widen: str = "torch"
     library: Library | None = None
 
     def __post_init__(self) -> None:
@@ -133,8 +142,9 @@ def fast_kernels(folder: Path | None) -> Kernels:
     """Choose torch's products, whose sums may depend on the batch, and compiled passes beside."""
     if folder is None:
         return Kernels()
-    kernels = compiled_kernels(folder)
-    return replace(kernels, latent=COMPILED, sigmoid=COMPILED, gate=COMPILED)
+    compiled = [op for op, (_, function) in OPERATIONS.items() if function is not None]
+    chosen = {op: COMPILED for op in compiled if op not in ("linear", "mixture")}
+    return Kernels(**chosen, library=build(folder))
 
 
 def has_compiler() -> bool:

@@ -54,6 +54,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(D, eps, precision, kernels, device)
         self.self_attn = MLA(config, precision, kernels, device)
         self.post_attention_layernorm = RMSNorm(D, eps, precision, kernels, device)
+        self.plus = kernels.function("residual")
         feed_forward = Dense if dense else MixtureOfExperts
         self.mlp: FeedForward = feed_forward(config, precision, kernels, device)
 
@@ -84,7 +85,8 @@ class Block(nn.Module):
 
         ``chosen`` replays an earlier choice of experts.
         """
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, cache, documents_BT)
+        attended_BTD = self.self_attn(self.input_layernorm(x_BTD), rope, cache, documents_BT)
+        x_BTD = self.plus(x_BTD, attended_BTD)
         u_ND = self.post_attention_layernorm(x_BTD).flatten(0, 1)
         return Attended(x_BTD, u_ND, self.mlp.route(u_ND, chosen_NK))
 
@@ -108,4 +110,5 @@ class Block(nn.Module):
         """Add everything to the residual stream: ``[B, T, D]``."""
         if shared_ND is not None:
             routed_ND = routed_ND + shared_ND
-        return attended.x_BTD + routed_ND.view_as(attended.x_BTD)
+        x_BTD: Tensor = self.plus(attended.x_BTD, routed_ND.view_as(attended.x_BTD))
+        return x_BTD

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
@@ -30,6 +29,7 @@ class MTPModule(nn.Module):
         eps, D = config.rms_norm_eps, config.hidden_size
         self.enorm = RMSNorm(D, eps, precision, kernels, device)
         self.hnorm = RMSNorm(D, eps, precision, kernels, device)
+        self.join = kernels.function("join")
         self.eh_proj = Linear(2 * D, D, precision, kernels, device)
         self.block = Block(config, precision, kernels, device, dense=False)
         self.norm = RMSNorm(D, eps, precision, kernels, device)
@@ -46,5 +46,5 @@ class MTPModule(nn.Module):
 
         ``documents`` are those of the positions i.
         """
-        joined = torch.cat((self.enorm(embedded_BTD), self.hnorm(h_BTD)), dim=-1)
+        joined = self.join(self.enorm(embedded_BTD), self.hnorm(h_BTD))
         return self.block(self.eh_proj(joined), rope, cache, documents_BT)

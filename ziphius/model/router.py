@@ -66,6 +66,7 @@ class Router(nn.Module):
         self.sigmoid = kernels.function("sigmoid")
         self.weigh = kernels.function("gate")
         self.linear = kernels.function("linear")
+        self.wider = kernels.function("widen")
         E, D = config.n_routed_experts, config.hidden_size
         self.top_k = config.num_experts_per_tok
         self.n_group, self.topk_group = config.n_group, config.topk_group
@@ -79,7 +80,8 @@ class Router(nn.Module):
 
     def widen(self, u_ND: Tensor) -> Tensor:
         """Bring the input to the router's arithmetic."""
-        return u_ND.to(self.dtype)
+        wide_ND: Tensor = self.wider(u_ND, self.dtype)
+        return wide_ND
 
     def forward(self, u_ND: Tensor, chosen_NK: Tensor | None = None) -> Routing:
         """Route normed tokens ``[N, D]``. Given ``chosen``, replay that choice."""

@@ -100,7 +100,16 @@ class Transformer(nn.Module):
         """Run the main layers; return the final normed hidden state and every layer's routing."""
         T = tokens_BT.shape[1]
         rope = self.rope(T) if cache is None else cache.rope(self, T)
-        x_BTD = self.embed_tokens(tokens_BT)
+        return self.layers_on(self.embed_tokens(tokens_BT), rope, cache, documents_BT)
+
+    def layers_on(
+        self,
+        x_BTD: Tensor,
+        rope: Rope,
+        cache: Cache | None = None,
+        documents_BT: Tensor | None = None,
+    ) -> tuple[Tensor, dict[int, Routing]]:
+        """Do the same from the embedded tokens and their rotary tables."""
         routings = {}
         for index, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layer(index)

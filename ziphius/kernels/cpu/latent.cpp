@@ -207,8 +207,10 @@ void attend(const T* q, const Cache<T>& cache, const int64_t* tables, int64_t ta
 // cache that `slots` names; a slot below zero is not written.
 template <class T>
 void append(const T* kv, const wide<T>* gain, const wide<T>* cosine, const wide<T>* sine,
-            const int64_t* slots, T* pages, int64_t N, int64_t C, int64_t R, wide<T> eps) {
+            const int64_t* slots, T* pages, int64_t N, int64_t C, int64_t R, wide<T> eps,
+            int64_t threads) {
     using H = wide<T>;
+#pragma omp parallel for num_threads(threads) schedule(static) if (N >= FEW)
     for (int64_t n = 0; n < N; n++) {
         if (slots[n] < 0) continue;
         const T* row = kv + n * (C + R);
@@ -230,7 +232,8 @@ void append(const T* kv, const wide<T>* gain, const wide<T>* cosine, const wide<
 // Rotate the queries' last R numbers into the last ones of the rows that meet the cache.
 template <class T>
 void turn(const T* q, const wide<T>* cosine, const wide<T>* sine, T* out, int64_t N, int64_t H,
-          int64_t nope, int64_t R, int64_t C) {
+          int64_t nope, int64_t R, int64_t C, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (N >= FEW)
     for (int64_t n = 0; n < N; n++)
         for (int64_t h = 0; h < H; h++) {
             const T* from = q + (n * H + h) * (nope + R) + nope;
@@ -258,12 +261,14 @@ extern "C" void latent_attend(int64_t type, const void* q, const void* pages, in
                               threads))
 }
 
-// kv [N, C + R] before norm and rotation; cosine and sine [N, R / 2]; gain [C]; these three are wide.
-extern "C" void latent_append(int64_t type, const void* kv, const void* gain, const void* cosine,
-                              const void* sine, const int64_t* slots, void* pages, int64_t N,
-                              int64_t C, int64_t R, double eps, int64_t threads) {
-    WITH_TYPE(type, append<T>((const T*)kv, (const wide<T>*)gain, (const wide<T>*)cosine,
-                              (const wide<T>*)sine, slots, (T*)pages, N, C, R, wide<T>(eps)))
+// kv [N, C + R] before norm and rotation; cosine and sine [N, R / 2], wide; gain [C] as stored.
+extern "C" void latent_append(int64_t type, const void* kv, int64_t gain_type, const void* gain,
+                              const void* cosine, const void* sine, const int64_t* slots,
+                              void* pages, int64_t N, int64_t C, int64_t R, double eps,
+                              int64_t threads) {
+    WITH_TYPE(type, append<T>((const T*)kv, Gain<wide<T>>(gain_type, gain, C).numbers,
+                              (const wide<T>*)cosine, (const wide<T>*)sine, slots, (T*)pages, N, C,
+                              R, wide<T>(eps), threads))
 }
 
 // q [N, H, nope + R], out [N, H, C + R], of which the last R numbers are written.
@@ -271,5 +276,5 @@ extern "C" void latent_turn(int64_t type, const void* q, const void* cosine, con
                             void* out, int64_t N, int64_t H, int64_t nope, int64_t R, int64_t C,
                             int64_t threads) {
     WITH_TYPE(type, turn<T>((const T*)q, (const wide<T>*)cosine, (const wide<T>*)sine, (T*)out, N, H,
-                            nope, R, C))
+                            nope, R, C, threads))
 }

@@ -7,9 +7,11 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2}
 
 # Arguments of every function: p a tensor or nothing, n an integer, d a floating-point number.
 SIGNATURES = {
+    "add": "npppnn",
     "adamw": "nnppppnddddddn",
     "attention_forward": "npppppppnnnnndn",
     "attention_backward": "npppppppppppnnnnndn",
@@ -36,11 +39,12 @@ SIGNATURES = {
     "gate": "npppnnnnddn",
     "grouped_rows": "nnppppnnnnn",
     "grouped_weight_gradient": "nnppppnnnn",
-    "latent_append": "nppppppnnndn",
+    "join": "npppnnn",
+    "latent_append": "npnpppppnnndn",
     "latent_attend": "nppnpnppnpnnnndn",
     "latent_turn": "nppppnnnnnn",
     "mixture": "npppppnnnnnn",
-    "norm_forward": "npnpppnndn",
+    "norm_forward": "npnnpppnndn",
     "norm_backward": "npnpppppnnn",
     "permute": "npppnnnn",
     "project": "npnnn",
@@ -48,8 +52,17 @@ SIGNATURES = {
     "swiglu_forward": "nppnppnnn",
     "swiglu_backward": "nppnppppnpnnn",
     "unpermute": "npppnnnn",
+    "widen_row": "nppnn",
 }
 _LETTERS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "d": ctypes.c_double}
+
+
+class Call(NamedTuple):
+    """A call that was made: its function, what it was given, and what must not go away."""
+
+    function: Callable[..., None]
+    given: Sequence[Any]
+    kept: Sequence[Any]
 
 
 class Library:
@@ -57,6 +70,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._recorded = threading.local()
         handle = ctypes.CDLL(str(path))
         self._functions = {name: getattr(handle, name) for name in SIGNATURES}
         for name, letters in SIGNATURES.items():
@@ -68,8 +82,21 @@ class Library:
 
         Tensors are given by their memory: layout and size are the caller's business.
         """
-        given = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
-        self._functions[name](TYPES[dtype], *given, torch.get_num_threads())
+        given = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+        function, given = self._functions[name], [TYPES[dtype], *given, torch.get_num_threads()]
+        function(*given)
+        if (calls := getattr(self._recorded, "calls", None)) is not None:
+            calls.append(Call(function, given, arguments))
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Call]]:
+        """Keep the calls that this thread makes, with the memory that they use."""
+        calls: list[Call] = []
+        self._recorded.calls = calls
+        try:
+            yield calls
+        finally:
+            del self._recorded.calls
 
     def __deepcopy__(self, memo: object) -> Library:
         return self

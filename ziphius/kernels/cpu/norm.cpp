@@ -4,10 +4,13 @@
 #include <vector>
 
 template <class T>
-void norm_forward(const T* x, int64_t stride, const wide<T>* gain, T* out, wide<T>* inverse_root,
-                  int64_t rows, int64_t width, double eps, int64_t threads) {
+void norm_forward(const T* x, int64_t stride, int64_t gain_type, const void* stored, T* out,
+                  wide<T>* inverse_root, int64_t rows, int64_t width, double eps,
+                  int64_t threads) {
     using H = wide<T>;
-#pragma omp parallel for num_threads(threads) schedule(static)
+    Gain<H> kept(gain_type, stored, width);
+    const H* gain = kept.numbers;
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows >= FEW)
     for (int64_t n = 0; n < rows; n++) {
         const T* row = x + n * stride;
         H squares = 0;
@@ -55,10 +58,10 @@ void norm_backward(const T* x, int64_t stride, const wide<T>* gain, const wide<T
     }
 }
 
-extern "C" void norm_forward(int64_t type, const void* x, int64_t stride, const void* gain,
-                             void* out, void* inverse_root, int64_t rows, int64_t width,
-                             double eps, int64_t threads) {
-    WITH_TYPE(type, norm_forward<T>((const T*)x, stride, (const wide<T>*)gain, (T*)out,
+extern "C" void norm_forward(int64_t type, const void* x, int64_t stride, int64_t gain_type,
+                             const void* gain, void* out, void* inverse_root, int64_t rows,
+                             int64_t width, double eps, int64_t threads) {
+    WITH_TYPE(type, norm_forward<T>((const T*)x, stride, gain_type, gain, (T*)out,
                                     (wide<T>*)inverse_root, rows, width, eps, threads))
 }
 

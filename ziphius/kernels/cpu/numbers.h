@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <vector>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -64,6 +65,24 @@ __attribute__((always_inline)) inline float exponential(float x) {
 template <class H> __attribute__((always_inline)) inline H sigmoid(H x) {
     return H(1) / (H(1) + exponential(-x));
 }
+
+// Rows below which a pass over them is not worth waking other threads.
+constexpr int64_t FEW = 16;
+
+// A vector in the number format that it is stored in, widened where it has to be.
+template <class H> struct Gain {
+    std::vector<H> memory;
+    const H* numbers;
+    Gain(int64_t type, const void* stored, int64_t count) : numbers((const H*)stored) {
+        if (type == (sizeof(H) == 8 ? 0 : 1)) return;
+        memory.resize(count);
+        for (int64_t i = 0; i < count; i++)
+            memory[i] = type == 0   ? H(((const double*)stored)[i])
+                        : type == 1 ? H(((const float*)stored)[i])
+                                    : H(widen(((const bf16*)stored)[i]));
+        numbers = memory.data();
+    }
+};
 
 // Runs a statement with T set to the element type that the caller has named.
 #define WITH_TYPE(type, ...)                              \

@@ -1,0 +1,86 @@
+"""Calls of kernels that are repeated: the same numbers, and nothing left out without a word."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from ziphius.kernels.cpu.library import Library
+from ziphius.kernels.cpu.program import Program, Unrepeatable
+from ziphius.kernels.norm import rms_norm_compiled
+from ziphius.kernels.project import project_compiled
+from ziphius.kernels.rows import join_compiled, residual_compiled, widen_compiled
+
+
+def test_it_computes_from_what_its_inputs_hold_by_then(library: Library) -> None:
+    torch.manual_seed(0)
+    x_ND, weight_DD, gain_D = torch.randn(3, 32), torch.randn(32, 32), torch.rand(32)
+
+    def run() -> torch.Tensor:
+        y_ND = project_compiled(library, rms_norm_compiled(library, x_ND, gain_D, 1e-6), weight_DD)
+        return residual_compiled(library, x_ND, y_ND)[1:].unsqueeze(0)
+
+    program = Program(library, run)
+    with torch.no_grad():
+        first = program.result.clone()
+        assert torch.equal(first, run())
+        x_ND.normal_()
+        assert torch.equal(program.repeat(), run())
+        assert not torch.equal(program.result, first)
+    assert len(program) == 3
+    assert program.nbytes > 0
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        lambda x: x + 1,
+        lambda x: x.to(torch.float64),
+        lambda x: x.T.contiguous(),
+        lambda x: x.new_zeros(3),
+        lambda x: x[x > 0],
+        lambda x: x[: int(x[0, 0])],
+        lambda x: x.clone(),
+        lambda x: x.view(-1).copy_(x.view(-1)),
+    ],
+    ids=["sum", "cast", "copy", "zeros", "mask", "number", "clone", "write"],
+)
+def test_what_no_kernel_computes_is_refused(library: Library, foreign: object) -> None:
+    x_ND = torch.rand(2, 3)
+    with pytest.raises(Unrepeatable, match="is no kernel of the library"):
+        Program(library, lambda: residual_compiled(library, foreign(x_ND), x_ND))  # type: ignore[operator]
+
+
+def test_other_threads_are_not_recorded(library: Library) -> None:
+    x_ND = torch.randn(2, 4)
+    with library.recording() as calls:
+        thread = threading.Thread(target=lambda: residual_compiled(library, x_ND, x_ND))
+        thread.start()
+        thread.join(60)
+        assert not calls
+        residual_compiled(library, x_ND, x_ND)
+        assert len(calls) == 1
+    residual_compiled(library, x_ND, x_ND)
+    assert len(calls) == 1, "and nothing behind the end"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 5), (3, 16), (2, 7, 33), (300, 256)])
+def test_passes_over_rows_are_torchs(
+    library: Library, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(1)
+    x, y = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    assert torch.equal(residual_compiled(library, x, y), x + y)
+    assert torch.equal(join_compiled(library, x, y), torch.cat((x, y), -1))
+    high = torch.promote_types(dtype, torch.float32)
+    assert torch.equal(widen_compiled(library, x, high), x.to(high))
+
+
+def test_gradients_are_refused(library: Library) -> None:
+    x = torch.randn(2, 2, requires_grad=True)
+    for compute in (residual_compiled, join_compiled):
+        with pytest.raises(RuntimeError, match="no backward"):
+            compute(library, x, x)
