@@ -37,7 +37,7 @@ from support.candidates import MTP, Candidate, equal, figures_of, limits, ratios
 from support.checkpoints import BITS, GGUF, OURS, PLAIN, Checkpoints
 from support.environments import CannotMake, llama_python, llama_source, vllm_preload, vllm_python
 from support.tables import show_bandwidth, show_ratios, show_speeds
-from support.workers import EngineFailed, Worker
+from support.workers import EngineEnded, EngineFailed, Worker
 
 from ziphius.checkpoint.config_json import read_config
 from ziphius.config.model import ModelConfig
@@ -121,6 +121,9 @@ def start(
                 worker.wait_until_ready(LOADING_SECONDS)
                 about[name] = worker.ask("about")
                 ways = {measure: worker.ask("variants", measure=measure) for measure in MEASURES}
+                peer = Candidate(engine, form, worker)
+                if engine != "ziphius":
+                    search(peer, ways, options)
             except (CannotMake, EngineFailed, RuntimeError) as error:
                 if engine == "ziphius":
                     sys.exit(str(error))
@@ -133,9 +136,7 @@ def start(
                     forced = dict.fromkeys(ways, "on")
                     candidates.append(Candidate(engine, form + MTP, worker, forced))
             else:
-                candidate = Candidate(engine, form, worker)
-                candidates.append(candidate)
-                search(candidate, ways, options)
+                candidates.append(peer)
     return candidates, about, missing
 
 
@@ -174,6 +175,8 @@ def search(candidate: Candidate, ways: dict[str, list[str]], options: argparse.N
             candidate.variants[measure] = variant
             try:
                 tries = [run(candidate, measure, f"search {i}", shorter)[0] for i in range(3)]
+            except EngineEnded:
+                raise
             except EngineFailed as error:
                 print(f"{candidate.name} can't {measure} as {variant}: {error}", file=sys.stderr)
             else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 from protocol import resident_bytes, serve
@@ -18,6 +19,7 @@ class Ziphius:
     def __init__(self, checkpoint: str, kernels: str, threads: int) -> None:
         import torch
 
+        from ziphius.inference.engine import Engine
         from ziphius.inference.llm import LLM
 
         torch.set_num_threads(threads)
@@ -26,8 +28,8 @@ class Ziphius:
         self.engines = {"off": plain.engine}
         self.model = plain.model
         if self.model.mtp:
-            drafting = LLM.of(self.model, plain.tokenizer, speculation="on", **options)
-            self.engines["on"] = drafting.engine
+            drafting = replace(plain.engine.options, speculation="on")
+            self.engines["on"] = Engine(self.model, None, drafting)
 
     def about(self) -> dict[str, Any]:
         import ziphius

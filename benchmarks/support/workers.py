@@ -22,6 +22,10 @@ class EngineFailed(Exception):
     """An engine could not be loaded or could not compute something."""
 
 
+class EngineEnded(EngineFailed):
+    """The process of an engine is gone."""
+
+
 class Worker:
     """One engine in its process; a context manager that ends it."""
 
@@ -61,7 +65,7 @@ class Worker:
             self._process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise EngineFailed(f"{self.name} has ended:\n{self._tail()}") from None
+            raise EngineEnded(f"{self.name} has ended:\n{self._tail()}") from None
         return self._answer(seconds)
 
     def _answer(self, seconds: float) -> Any:
@@ -82,7 +86,7 @@ class Worker:
                 raise EngineFailed(f"{self.name} has not answered for {seconds:.0f} s")
             part = os.read(handle, 65536)
             if not part:
-                raise EngineFailed(f"{self.name} has ended:\n{self._tail()}")
+                raise EngineEnded(f"{self.name} has ended:\n{self._tail()}")
             self._waiting += part
         line, _, self._waiting = self._waiting.partition(b"\n")
         return line

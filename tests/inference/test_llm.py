@@ -475,3 +475,10 @@ def test_weights_do_not_change_under_a_request(compiled: dict[str, Any]) -> None
         llm.weights_changed()
     assert sum(len(step[0].token_ids) for step in stream) == 8
     llm.weights_changed()
+
+
+def test_a_model_held_as_its_file_has_it_has_no_twin(
+    folder: Path, compiled: dict[str, Any]
+) -> None:
+    with pytest.raises(BadInput, match=r"open the checkpoint by LLM\(path\)"):
+        LLM.of(LLM(folder, **compiled).model, **compiled)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,3 +87,19 @@ def test_gradients_are_refused(library: Library) -> None:
     for compute in (residual_compiled, join_compiled):
         with pytest.raises(RuntimeError, match="no backward"):
             compute(library, x, x)
+
+
+def test_torchs_compiler_is_not_loaded_for_it(kernel_folder: Path) -> None:
+    """It takes longer than loading a model, and more memory than some have."""
+    code = """
+import sys, torch
+from pathlib import Path
+from ziphius.kernels.cpu.library import build
+from ziphius.kernels.cpu.program import Program
+from ziphius.kernels.rows import residual_compiled
+x, library = torch.ones(2), build(Path(sys.argv[1]))
+print(len(Program(library, lambda: residual_compiled(library, x, x))), "torch._dynamo" in sys.modules)
+"""
+    command = [sys.executable, "-c", code, str(kernel_folder)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+    assert said.split() == ["1", "False"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ziphius.checkpoint.in_place import StoredExperts
+from ziphius.config.errors import BadInput
 from ziphius.kernels.select import Kernels
 from ziphius.model.ffn import MixtureOfExperts
 from ziphius.model.transformer import Transformer
@@ -11,8 +13,12 @@ def twin(model: Transformer, kernels: Kernels) -> Transformer:
     """Return a model that computes with ``kernels`` and has no weight of its own.
 
     Weights on the processor are shared, so what changes them in place changes both; those on
-    another device are copied.
+    another device are copied. Raises BadInput for a model whose experts stay as a file has them.
     """
+    if any(isinstance(module, StoredExperts) for module in model.modules()):
+        raise BadInput(
+            "this model's experts are held as its file has them: open the checkpoint by LLM(path)"
+        )
     other = Transformer(model.config, model.precision, kernels=kernels, device="meta")
     share(model, other)
     return other.eval()

@@ -177,16 +177,18 @@ inline __m128 add_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
+constexpr int64_t AHEAD = 8192;  // bytes
+
 // sums[c * stride + r] of 4 rows of a weight, the first of them o, with C rows of x. Rows of the
 // weight beyond its last are the last one again.
-template <int64_t FORMAT, int C>
+template <int64_t FORMAT, int C, bool FETCH>
 inline void four(float* sums, int64_t stride, const Weight& w, int64_t o, const bf16* const* x) {
     using F = Codes<FORMAT>;
     const uint8_t* rows[4];
     const float* scales[4];
-    // The next four rows are on their way while these are met: single rows are too short for a
-    // processor to notice that they are read in order.
-    const int64_t ahead = 4 * w.row_bytes();
+    // What comes behind these rows is fetched from memory in the order of its addresses, while four
+    // rows at once are met: that is what a processor's own fetching ahead does best at.
+    const char* next = (const char*)w.row(o) + 3 * w.row_bytes() + AHEAD;
     for (int r = 0; r < 4; r++) {
         int64_t row = std::min(o + r, w.rows - 1);
         rows[r] = w.row(row);
@@ -202,11 +204,10 @@ inline void four(float* sums, int64_t stride, const Weight& w, int64_t o, const 
         for (int r = 0; r < 4; r++) at[r] = F::group(FORMAT >= FP8 ? scales[r][start / step] : 1);
         for (; k + CHUNK <= end; k += CHUNK) {
             __m512bh weight[4];
-            for (int r = 0; r < 4; r++) {
-                const uint8_t* p = rows[r] + k / CHUNK * F::BYTES;
-                _mm_prefetch((const char*)p + ahead, _MM_HINT_T0);
-                weight[r] = F::chunk(p, at[r]);
-            }
+            for (int r = 0; r < 4; r++)
+                weight[r] = F::chunk(rows[r] + k / CHUNK * F::BYTES, at[r]);
+            for (int i = 0; FETCH && i < 4 * F::BYTES / 64; i++, next += 64)
+                _mm_prefetch(next, C > 2 ? _MM_HINT_T1 : _MM_HINT_T0);
             for (int c = 0; c < C; c++) {
                 __m512bh y = (__m512bh)_mm512_loadu_si512(x[c] + k);
                 for (int r = 0; r < 4; r++) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], weight[r], y);
@@ -229,13 +230,31 @@ inline void four(float* sums, int64_t stride, const Weight& w, int64_t o, const 
         _mm_storeu_ps(sums + c * stride, add_lanes(sum[0][c], sum[1][c], sum[2][c], sum[3][c]));
 }
 
+constexpr int64_t MOST = 6;  // rows of x whose sums fit in the registers beside 4 rows of a weight
+
+template <int64_t FORMAT, bool FETCH>
+void some_rows(float* sums, int64_t stride, const Weight& w, int64_t o, const bf16* const* x,
+               int64_t count) {
+    switch (count) {
+        case 1: return four<FORMAT, 1, FETCH>(sums, stride, w, o, x);
+        case 2: return four<FORMAT, 2, FETCH>(sums, stride, w, o, x);
+        case 3: return four<FORMAT, 3, FETCH>(sums, stride, w, o, x);
+        case 4: return four<FORMAT, 4, FETCH>(sums, stride, w, o, x);
+        case 5: return four<FORMAT, 5, FETCH>(sums, stride, w, o, x);
+        case 6: return four<FORMAT, 6, FETCH>(sums, stride, w, o, x);
+    }
+}
+
+// Any number of rows, in visits as equal as can be. The first one fetches ahead for all.
 template <int64_t FORMAT>
 void four_rows(float* sums, int64_t stride, const Weight& w, int64_t o, const bf16* const* x,
                int64_t count) {
-    int64_t c = 0;
-    for (; c + 6 <= count; c += 6) four<FORMAT, 6>(sums + c * stride, stride, w, o, x + c);
-    for (; c + 2 <= count; c += 2) four<FORMAT, 2>(sums + c * stride, stride, w, o, x + c);
-    for (; c < count; c++) four<FORMAT, 1>(sums + c * stride, stride, w, o, x + c);
+    int64_t visits = (count + MOST - 1) / MOST;
+    for (int64_t v = 0, c = 0, end; v < visits; v++, c = end) {
+        end = count * (v + 1) / visits;
+        auto some = v == 0 ? some_rows<FORMAT, true> : some_rows<FORMAT, false>;
+        some(sums + c * stride, stride, w, o, x + c, end - c);
+    }
 }
 
 // Decode 4 rows once where many rows meet them.

@@ -8,6 +8,7 @@ namespace {
 using namespace dot;
 
 constexpr int64_t DEAL = 32;  // rows of a weight a piece of work
+constexpr int64_t SOME = 32;  // tokens that leave an expert waiting for its weights
 
 struct Expert {
     Weight gate, up, down;
@@ -102,15 +103,20 @@ void mixture(const T* u, const int64_t* chosen, const wide<T>* gates, const Expe
              int64_t threads) {
     using H = wide<T>;
     Layer<T> layer(experts, n_experts, n_shared, u, chosen, gates, N, D, K);
+    // Few tokens wait for memory, which is read best when neighbouring pieces are a thread's own.
+    // Many tokens are of different numbers for every expert: whoever is free takes the next piece.
+    int64_t n_ups = int64_t(layer.ups.size()), n_downs = int64_t(layer.downs.size());
+    int64_t ups = N <= SOME ? (n_ups + threads - 1) / threads : 1;
+    int64_t downs = N <= SOME ? (n_downs + threads - 1) / threads : 1;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<uint8_t> memory;
         std::vector<H> sums;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < int64_t(layer.ups.size()); i++)
+#pragma omp for schedule(dynamic, ups)
+        for (int64_t i = 0; i < n_ups; i++)
             activate(layer.rows[layer.ups[i].first], layer.ups[i].second, sums, memory);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < int64_t(layer.downs.size()); i++)
+#pragma omp for schedule(dynamic, downs)
+        for (int64_t i = 0; i < n_downs; i++)
             come_down(layer.rows[layer.downs[i].first], layer.downs[i].second, layer.out.data(), D,
                       sums, memory);
         sums.resize(D);

@@ -57,6 +57,11 @@ class _KernelsOnly(TorchDispatchMode):
         super().__init__()
         self.empty: list[Tensor] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would import its compiler, hundreds of MB of modules, to say that this isn't for it.
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,
