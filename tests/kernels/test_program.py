@@ -98,7 +98,8 @@ from ziphius.kernels.cpu.library import build
 from ziphius.kernels.cpu.program import Program
 from ziphius.kernels.rows import residual_compiled
 x, library = torch.ones(2), build(Path(sys.argv[1]))
-print(len(Program(library, lambda: residual_compiled(library, x, x))), "torch._dynamo" in sys.modules)
+program = Program(library, lambda: residual_compiled(library, x, x))
+print(len(program), "torch._dynamo" in sys.modules)
 """
     command = [sys.executable, "-c", code, str(kernel_folder)]
     said = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
