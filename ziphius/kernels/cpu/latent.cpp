@@ -31,14 +31,18 @@ template <class H> struct Soft {
 // Scores of a tile become weights; what was summed before fades by the result. Keys before `from`
 // and from `seen` on weigh nothing.
 template <class H> H soften(H* scores, Soft<H>& soft, H scale, int64_t from, int64_t seen) {
-    H most = soft.largest, sum = 0;
+    H most = soft.largest, sum = 0, lane[16];
     for (int64_t i = 0; i < TILE; i++)
         scores[i] = from <= i && i < seen ? scores[i] * scale : -std::numeric_limits<H>::infinity();
-    for (int64_t i = 0; i < TILE; i++) most = scores[i] > most ? scores[i] : most;
+    for (int64_t i = 0; i < 16; i++)
+        lane[i] = scores[i] > scores[i + 16] ? scores[i] : scores[i + 16];
+    for (int64_t half = 8; half; half /= 2)
+        for (int64_t i = 0; i < half; i++)
+            lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+    most = lane[0] > most ? lane[0] : most;
     H fading = exponential(soft.largest - most);
     for (int64_t i = 0; i < TILE; i++) scores[i] = exponential(scores[i] - most);
     // In 16 lanes and one fixed tree, like every sum here.
-    H lane[16];
     for (int64_t i = 0; i < 16; i++) lane[i] = scores[i] + scores[i + 16];
     for (int64_t half = 8; half; half /= 2)
         for (int64_t i = 0; i < half; i++) lane[i] += lane[i + half];
@@ -149,8 +153,10 @@ void attend(const T* q, const Cache<T>& cache, const int64_t* tables, int64_t ta
             int64_t H, wide<T> scale, int64_t threads) {
     using W = wide<T>;
     int64_t width = cache.C + cache.R;
-    // Heads first, so that a single token keeps all threads busy; then neighbours of a sequence.
-    int64_t heads = std::min(ROWS, (H + threads - 1) / threads);
+    // Heads of a token share its keys, but for a few tokens whose heads must keep all threads busy.
+    // Neighbours of a sequence fill up the rows.
+    int64_t parts = N < threads ? (threads + N - 1) / N : 1;
+    int64_t heads = std::min(ROWS, (H + parts - 1) / parts);
     std::vector<Work> work;
     for (int64_t n = 0, some; n < N; n += some) {
         some = 1;
