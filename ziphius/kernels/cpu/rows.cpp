@@ -6,10 +6,16 @@
 namespace {
 
 constexpr int64_t MANY = 1 << 16;  // numbers from which on all threads take part
+constexpr int64_t BLOCK = 256;
 
 template <class T> void add(const T* a, const T* b, T* out, int64_t count, int64_t threads) {
-#pragma omp parallel for simd num_threads(threads) schedule(static) if (count >= MANY)
-    for (int64_t i = 0; i < count; i++) out[i] = narrow<T>(widen(a[i]) + widen(b[i]));
+#pragma omp parallel for num_threads(threads) schedule(static) if (count >= MANY)
+    for (int64_t start = 0; start < count; start += BLOCK) {
+        wide<T> sums[BLOCK];
+        int64_t n = std::min(BLOCK, count - start);
+        for (int64_t i = 0; i < n; i++) sums[i] = widen(a[start + i]) + widen(b[start + i]);
+        narrow_row(out + start, sums, n);
+    }
 }
 
 template <class T>
