@@ -56,6 +56,20 @@ def test_what_no_kernel_computes_is_refused(library: Library, foreign: object) -
         Program(library, lambda: residual_compiled(library, foreign(x_ND), x_ND))  # type: ignore[operator]
 
 
+def test_kernels_for_training_are_not_repeated(library: Library) -> None:
+    x_MD = torch.randn(4, 8)
+
+    def run() -> torch.Tensor:
+        out = torch.empty_like(x_MD)
+        library.call(
+            "swiglu_backward", x_MD.dtype, *[x_MD] * 2, 8, None, x_MD, out, out, 8, None, 4, 8
+        )
+        return out
+
+    with pytest.raises(Unrepeatable, match="swiglu_backward is no kernel that can be called again"):
+        Program(library, run)
+
+
 def test_other_threads_are_not_recorded(library: Library) -> None:
     x_ND = torch.randn(2, 4)
     with library.recording() as calls:

@@ -1,8 +1,11 @@
 // The experts of every token: the best of the best groups, by biased scores; and their weights.
 #include "numbers.h"
+#include "repeat.h"
 
 #include <limits>
 #include <vector>
+
+namespace {
 
 // Write the places of the k largest values, the largest first; of equals the first one.
 template <class H>
@@ -51,6 +54,8 @@ void choose(const H* scores, const float* bias, int64_t* chosen, int64_t tokens,
     }
 }
 
+}  // namespace
+
 extern "C" void choose(int64_t type, const void* scores, const float* bias, int64_t* chosen,
                        int64_t tokens, int64_t experts, int64_t k, int64_t groups,
                        int64_t kept_groups, int64_t threads) {
@@ -61,6 +66,8 @@ extern "C" void choose(int64_t type, const void* scores, const float* bias, int6
         choose<float>((const float*)scores, bias, chosen, tokens, experts, k, groups, kept_groups,
                       threads);
 }
+
+namespace {
 
 // weights [tokens, k]: the scores of the chosen, over their sum (and a little) if normalised, times
 // scale. The sum is taken in the order of the choices.
@@ -79,6 +86,8 @@ void gate(const H* scores, const int64_t* chosen, H* weights, int64_t tokens, in
         }
     }
 }
+
+}  // namespace
 
 extern "C" void gate(int64_t type, const void* scores, const int64_t* chosen, void* weights,
                      int64_t tokens, int64_t experts, int64_t k, int64_t normalise, double least,
@@ -99,3 +108,7 @@ extern "C" void sigmoids(int64_t type, const void* logits, void* scores, int64_t
     if (type == 0) all((const double*)logits, (double*)scores);
     else all((const float*)logits, (float*)scores);
 }
+
+REPEATABLE(choose)
+REPEATABLE(gate)
+REPEATABLE(sigmoids)

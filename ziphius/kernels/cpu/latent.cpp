@@ -5,6 +5,7 @@
 // for itself. So a query's result depends on its own past alone: not on how a prompt was cut, who
 // else is in the batch, or where the pages lie. A page holds whole tiles.
 #include "dot.h"
+#include "repeat.h"
 
 #include <limits>
 
@@ -284,3 +285,7 @@ extern "C" void latent_turn(int64_t type, const void* q, const void* cosine, con
     WITH_TYPE(type, turn<T>((const T*)q, (const wide<T>*)cosine, (const wide<T>*)sine, (T*)out, N, H,
                             nope, R, C, threads))
 }
+
+REPEATABLE(latent_attend)
+REPEATABLE(latent_append)
+REPEATABLE(latent_turn)

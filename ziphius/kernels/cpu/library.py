@@ -8,7 +8,7 @@ import os
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ _LETTERS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "d": ctypes.c_double}
 class Call(NamedTuple):
     """A call that was made: its function, what it was given, and what must not go away."""
 
-    function: Callable[..., None]
+    name: str
     given: Sequence[Any]
     kept: Sequence[Any]
 
@@ -76,6 +76,7 @@ class Library:
         for name, letters in SIGNATURES.items():
             self._functions[name].argtypes = [_LETTERS[letter] for letter in letters]
             self._functions[name].restype = None
+        self.handle = handle
 
     def call(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
         """Call a function for elements of ``dtype`` on torch's number of threads.
@@ -83,10 +84,10 @@ class Library:
         Tensors are given by their memory: layout and size are the caller's business.
         """
         given = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-        function, given = self._functions[name], [TYPES[dtype], *given, torch.get_num_threads()]
-        function(*given)
+        given = [TYPES[dtype], *given, torch.get_num_threads()]
+        self._functions[name](*given)
         if (calls := getattr(self._recorded, "calls", None)) is not None:
-            calls.append(Call(function, given, arguments))
+            calls.append(Call(name, given, arguments))
 
     @contextmanager
     def recording(self) -> Iterator[list[Call]]:

@@ -2,6 +2,7 @@
 // the routing weight before the down projection, and the sum of a token's rows in the order of its
 // choices, then of its shared experts. Nothing is sorted or copied for it.
 #include "dot.h"
+#include "repeat.h"
 
 namespace {
 
@@ -146,3 +147,5 @@ extern "C" void mixture(int64_t type, const void* u, const int64_t* chosen, cons
     WITH_TYPE(type, mixture<T>((const T*)u, chosen, (const wide<T>*)gates, (const Expert*)experts,
                                (T*)out, N, D, K, n_experts, n_shared, threads))
 }
+
+REPEATABLE(mixture)

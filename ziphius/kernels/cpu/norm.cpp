@@ -1,7 +1,10 @@
 // RMSNorm over rows: g * x / sqrt(mean(x^2) + eps).
 #include "numbers.h"
+#include "repeat.h"
 
 #include <vector>
+
+namespace {
 
 template <class T>
 void norm_forward(const T* x, int64_t stride, int64_t gain_type, const void* stored, T* out,
@@ -58,6 +61,8 @@ void norm_backward(const T* x, int64_t stride, const wide<T>* gain, const wide<T
     }
 }
 
+}  // namespace
+
 extern "C" void norm_forward(int64_t type, const void* x, int64_t stride, int64_t gain_type,
                              const void* gain, void* out, void* inverse_root, int64_t rows,
                              int64_t width, double eps, int64_t threads) {
@@ -72,3 +77,5 @@ extern "C" void norm_backward(int64_t type, const void* x, int64_t stride, const
                                      (const wide<T>*)inverse_root, (const T*)dout, (T*)dx,
                                      (wide<T>*)partial_gain, rows, width, threads))
 }
+
+REPEATABLE(norm_forward)

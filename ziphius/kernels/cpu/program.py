@@ -6,6 +6,8 @@ only the numbers behind the same addresses change.
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ziphius.kernels.cpu.library import Library
+from ziphius.kernels.cpu.library import SIGNATURES, Call, Library
 
 
 class Unrepeatable(Exception):
@@ -32,18 +34,45 @@ class Program:
     def __init__(self, library: Library, run: Callable[[], Tensor]) -> None:
         with torch.no_grad(), _KernelsOnly() as memory, library.recording() as calls:
             self.result = run()
-        self._calls = [(call.function, tuple(call.given)) for call in calls]
-        self._kept = [memory.empty, *(call.kept for call in calls)]
         self.nbytes = sum(x.nbytes for x in memory.empty)
+        words = [_words(call) for call in calls]
+        self._calls = (_Call * len(calls))(
+            *(_Call(_again(library, c.name), w) for c, w in zip(calls, words, strict=True))
+        )
+        self._repeat = library.handle.repeat_calls
+        self._repeat.argtypes, self._repeat.restype = [ctypes.c_void_p, ctypes.c_int64], None
+        self._kept = [words, memory.empty, *(call.kept for call in calls)]
 
     def __len__(self) -> int:
         return len(self._calls)
 
     def repeat(self) -> Tensor:
         """Make the calls again."""
-        for function, given in self._calls:
-            function(*given)
+        self._repeat(self._calls, len(self._calls))
         return self.result
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (("kernel", ctypes.c_void_p), ("words", ctypes.POINTER(ctypes.c_int64)))
+
+
+def _again(library: Library, name: str) -> int | None:
+    """Return the address of a kernel under its other name (kernels/cpu/repeat.h)."""
+    if not hasattr(library.handle, f"{name}_again"):
+        raise Unrepeatable(f"{name} is no kernel that can be called again")
+    return ctypes.cast(library.handle[f"{name}_again"], ctypes.c_void_p).value
+
+
+def _words(call: Call) -> ctypes.Array[ctypes.c_int64]:
+    words = (ctypes.c_int64 * len(call.given))()
+    for place, (letter, given) in enumerate(zip(SIGNATURES[call.name], call.given, strict=True)):
+        if letter == "d":
+            words[place] = int.from_bytes(struct.pack("<d", given), "little", signed=True)
+        elif letter == "p" and isinstance(given, ctypes.Array):
+            words[place] = ctypes.addressof(given)
+        else:
+            words[place] = given or 0
+    return words
 
 
 # A view of a kind, and a question about dtypes.

@@ -1,5 +1,6 @@
 // Rows times one or more weights, which are read where they are stored.
 #include "dot.h"
+#include "repeat.h"
 
 namespace {
 
@@ -65,3 +66,5 @@ extern "C" void project(int64_t type, const void* parts, int64_t count, int64_t 
                         int64_t threads) {
     WITH_TYPE(type, project<T>((const Part*)parts, count, rows, threads))
 }
+
+REPEATABLE(project)

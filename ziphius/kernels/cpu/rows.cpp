@@ -1,5 +1,6 @@
 // Single passes over numbers that lie side by side.
 #include "numbers.h"
+#include "repeat.h"
 
 #include <algorithm>
 
@@ -47,3 +48,7 @@ extern "C" void join(int64_t type, const void* a, const void* b, void* out, int6
                      int64_t width, int64_t threads) {
     WITH_TYPE(type, join<T>((const T*)a, (const T*)b, (T*)out, rows, width))
 }
+
+REPEATABLE(add)
+REPEATABLE(join)
+REPEATABLE(widen_row)

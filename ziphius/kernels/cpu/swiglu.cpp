@@ -1,6 +1,9 @@
 // SwiGLU times the row's routing weight: silu(gate) * up * weight. Rows of gate and up may be
 // strided; weights may be absent.
 #include "numbers.h"
+#include "repeat.h"
+
+namespace {
 
 template <class T>
 void swiglu_forward(const T* gate, const T* up, int64_t stride, const wide<T>* weights, T* out,
@@ -41,6 +44,8 @@ void swiglu_backward(const T* gate, const T* up, int64_t stride, const wide<T>* 
     }
 }
 
+}  // namespace
+
 extern "C" void swiglu_forward(int64_t type, const void* gate, const void* up, int64_t stride,
                                const void* weights, void* out, int64_t rows, int64_t width,
                                int64_t threads) {
@@ -56,3 +61,5 @@ extern "C" void swiglu_backward(int64_t type, const void* gate, const void* up, 
                                        (const wide<T>*)weights, (const T*)dout, (T*)dgate,
                                        (T*)dup, dstride, (wide<T>*)dweights, rows, width, threads))
 }
+
+REPEATABLE(swiglu_forward)
