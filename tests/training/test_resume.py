@@ -170,7 +170,7 @@ def test_a_run_may_move_to_another_machine_and_says_what_that_costs(
     assert metrics(out)[:4] == before
     assert [record["step"] for record in metrics(out)] == list(range(1, 10))
     assert load_recipe(str(out / "recipe.toml")).run.products == "widened"
-    quiet = resumed(words, out).said
+    quiet = resumed(words, out, "run.products=auto").said
     assert not any("changed" in line for line in quiet), "what was left open is as the run has it"
 
 

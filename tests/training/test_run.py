@@ -32,9 +32,10 @@ def test_what_is_left_to_the_machine_is_written_down(
 ) -> None:
     monkeypatch.setattr(run, "has_compiler", lambda: True)
     monkeypatch.setattr(run, "widening_pays", lambda: True)
-    resolved = resolve(recipe(words, "run.threads=0", "precision.compute=bfloat16")).run
+    left = ("run.threads=0", "run.products=auto")
+    resolved = resolve(recipe(words, *left, "precision.compute=bfloat16")).run
     assert (resolved.kernels, resolved.products) == ("compiled", "widened")
     assert resolved.threads > 0
     monkeypatch.setattr(run, "has_compiler", lambda: False)
-    plain = resolve(recipe(words, "precision.compute=float32")).run
+    plain = resolve(recipe(words, "run.products=auto", "precision.compute=float32")).run
     assert (plain.kernels, plain.products) == ("torch", "native"), "FP32 has nothing to widen"
