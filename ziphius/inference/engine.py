@@ -256,13 +256,13 @@ class Engine:
             answer.stop_at_length()
             return []
         first = len(chunk.tokens) - chunk.drafts
-        new = answer.take(rows[len(rows) - 1 - chunk.drafts :], chunk.tokens[first:])
-        if chunk.drafts:
-            accepted = max(0, len(new) - 1)
-            if len(new) == chunk.drafts and new == chunk.tokens[first:]:
-                accepted = len(new)  # the answer ended with a draft
-            self.acceptance.note(chunk.drafts, accepted)
-            request.drafted += chunk.drafts
+        drafts = chunk.tokens[first:]
+        new = answer.take(rows[len(rows) - 1 - chunk.drafts :], drafts)
+        if drafts:
+            judged = min(len(drafts), len(new))  # fewer where the answer ended with a draft
+            accepted = judged - (new[:judged] != drafts[:judged])
+            self.acceptance.note(judged, accepted)
+            request.drafted += len(drafts)
             request.accepted += accepted
         if len(sequence.tokens) + len(new) >= sequence.max_length:
             answer.stop_at_length()
