@@ -268,6 +268,7 @@ def test_one_bad_prompt_refuses_the_batch(compiled: dict[str, Any]) -> None:
         ({"kernels": "torch", "cache_tokens": 0}, "holds nothing"),
         ({"kernels": "torch", "speculation": "no"}, "use off, auto or on"),
         ({"kernels": "torch", "draft_depth": 0}, "draft depth = 0"),
+        ({"kernels": "torch", "verification": "no"}, "use coupled or rejection"),
     ],
 )
 def test_bad_options(options: dict[str, Any], expected: str) -> None:
