@@ -18,6 +18,7 @@ from ziphius.config.errors import BadInput
 from ziphius.inference.engine import Engine, EngineOptions
 from ziphius.inference.params import SamplingParams
 from ziphius.inference.request import Request
+from ziphius.inference.speculation import Acceptance
 from ziphius.kernels.select import Kernels, answering_kernels
 from ziphius.model.precision import Precision
 from ziphius.model.transformer import Transformer
@@ -202,6 +203,29 @@ def test_drafts_are_accepted_and_counted_by_place(kernel_folder: Path) -> None:
     assert result.accepted < result.drafted
     assert engine.acceptance.judged[0] > engine.acceptance.judged[1] > 0
     assert sum(engine.acceptance.accepted) == result.accepted
+
+
+def test_a_draft_that_ends_the_answer_is_accepted(kernel_folder: Path) -> None:
+    """Also when it is not the last of its step."""
+    model = random_model(kernels=answering_kernels(kernel_folder), seed=3).requires_grad_(False)
+    engine = Engine(model, options=EngineOptions(speculation="on", draft_depth=2))
+    counted, ended = Acceptance([0, 0], [0, 0]), 0
+    for seed in range(12):
+        params = SamplingParams(
+            max_tokens=20, temperature=3.0, seed=seed, allowed_token_ids=[5, 9], stop_token_ids=[9]
+        )
+        request = engine.add([3, 4], params)
+        (sequence,), (own,) = request.sequences, request.answers
+        while not request.finished:
+            drafts, before = sequence.drafts, len(own.output)
+            engine.step()
+            new = own.output[before:]
+            for place, (token, draft) in enumerate(zip(new, drafts, strict=False)):
+                counted.judged[place] += 1
+                counted.accepted[place] += token == draft
+        ended += len(drafts) == 2 and new == drafts[:1]
+    assert engine.acceptance == counted
+    assert ended
 
 
 def test_a_bad_row_ends_its_own_request_only(kernel_folder: Path) -> None:

@@ -112,7 +112,8 @@ def test_a_seed_repeats_and_does_not_touch_the_global_generator(compiled: dict[s
 
 def test_without_a_seed_answers_differ(compiled: dict[str, Any]) -> None:
     llm = LLM.of(random_model(), **compiled)
-    assert len({tuple(generated(llm, [1], temperature=5.0)) for _ in range(4)}) == 4
+    answers = {tuple(generated(llm, [1], temperature=5.0, ignore_eos=True)) for _ in range(4)}
+    assert len(answers) == 4
 
 
 def test_two_streams_interleaved_do_not_disturb_each_other(compiled: dict[str, Any]) -> None:
@@ -268,6 +269,7 @@ def test_one_bad_prompt_refuses_the_batch(compiled: dict[str, Any]) -> None:
         ({"kernels": "torch", "cache_tokens": 0}, "holds nothing"),
         ({"kernels": "torch", "speculation": "no"}, "use off, auto or on"),
         ({"kernels": "torch", "draft_depth": 0}, "draft depth = 0"),
+        ({"kernels": "torch", "verification": "no"}, "use coupled or rejection"),
     ],
 )
 def test_bad_options(options: dict[str, Any], expected: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ziphius.inference.errors import RequestError
 from ziphius.inference.grammar import Matcher
@@ -14,6 +13,7 @@ from ziphius.inference.outputs import CompletionOutput, Delta
 from ziphius.inference.params import SamplingParams
 from ziphius.inference.sampler import Sampler
 from ziphius.inference.stop import AnswerText, Finish
+from ziphius.inference.verification import Coupled, Verifier
 from ziphius.inference.vocabulary import Vocabulary
 
 
@@ -21,9 +21,8 @@ class Answer:
     """The ``index``-th of a request's answers.
 
     ``take`` is given the logits of the positions behind the answer so far, one more than there are
-    drafts, and chooses tokens as long as the drafts are what it would have chosen anyway. So drafts
-    change neither the tokens nor their log-probabilities, at any temperature: noise belongs to a
-    position (report section 2.2 speculates; how to verify is left open there).
+    drafts, and chooses tokens as long as the drafts stand (report section 2.2 speculates; how to
+    verify is left open there).
     """
 
     def __init__(
@@ -35,13 +34,12 @@ class Answer:
         end_ids: frozenset[int],
         vocabulary: Vocabulary | None,
         matcher: Matcher | None,
+        verifier: type[Verifier] = Coupled,
     ) -> None:
         self.index, self.params = index, params
         noise = Noise(seed, index)
-        self.sampler = Sampler(params, prompt, noise, stop_ids=end_ids, vocabulary=vocabulary)
-        # Drafts are guesses at what the sampler will choose: same noise, nothing to report.
-        plain = replace(params, logprobs=None, bad_words=())
-        self.guesser = Sampler(plain, prompt, noise, stop_ids=end_ids, vocabulary=vocabulary)
+        sampler = Sampler(params, prompt, noise, stop_ids=end_ids, vocabulary=vocabulary)
+        self.verifier = verifier(sampler)
         self.text = AnswerText(vocabulary, params, end_ids)
         self.matcher = matcher
         self.output: list[int] = []
@@ -64,7 +62,7 @@ class Answer:
         new: list[int] = []
         try:
             for row_V, draft in zip(logits, [*drafts, None], strict=True):
-                token = self._choose(row_V)
+                token = self._choose(row_V, draft)
                 new.append(token)
                 if self.finished or token != draft:
                     break
@@ -74,9 +72,9 @@ class Answer:
             self.fail(f"{type(error).__name__}: {' '.join(str(error).split())}")
         return new
 
-    def _choose(self, row_V: Row) -> int:
+    def _choose(self, row_V: Row, draft: int | None) -> int:
         mask = self.matcher.mask() if self.matcher is not None else None
-        sampled = self.sampler.choose(row_V, self.output, allowed_V=mask)
+        sampled = self.verifier.choose(row_V, self.output, mask, draft)
         token = sampled.token
         self.output.append(token)
         self.delta.token_ids.append(token)
@@ -93,8 +91,12 @@ class Answer:
         return token
 
     def guess(self, row_V: Row, drafts: Sequence[int]) -> int:
-        """Guess the token behind the answer and ``drafts`` from a draft's logits."""
-        return self.guesser.choose(row_V, [*self.output, *drafts]).token
+        """Guess the token behind the answer and ``drafts`` from a draft's logits.
+
+        Raises RequestError where none can follow.
+        """
+        mask = self.matcher.masks(drafts)[-1] if self.matcher is not None else None
+        return self.verifier.guess(row_V, [*self.output, *drafts], mask)
 
     def stop_at_length(self) -> None:
         """End where the context is full."""

@@ -23,13 +23,18 @@ from ziphius.inference.request import Request
 from ziphius.inference.scheduler import FOREVER, Scheduler
 from ziphius.inference.sequence import Chunk, Sequence, Stats, Step
 from ziphius.inference.speculation import Acceptance, Drafter, Mode, Pace
+from ziphius.inference.verification import Verification, verifier
 from ziphius.inference.vocabulary import Vocabulary
 from ziphius.model.transformer import Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """Limits and modes of an engine. ``cache_tokens`` is the room for all requests together."""
+    """Limits and modes of an engine. ``cache_tokens`` is the room for all requests together.
+
+    ``speculation`` is ``auto``, ``on`` or ``off``, ``verification`` of its drafts ``coupled`` or
+    ``rejection``.
+    """
 
     cache_tokens: int = 16_384
     page_size: int = 32
@@ -42,6 +47,7 @@ class EngineOptions:
     exact: bool = True
     speculation: Mode = "auto"
     draft_depth: int = 1
+    verification: Verification = "coupled"
 
 
 class Engine:
@@ -49,7 +55,8 @@ class Engine:
 
     In exact mode a request's tokens and log-probabilities are the same bits alone or in a batch,
     with a prompt computed whole or in chunks, from a cold or a warm prefix, with or without
-    speculation, preempted or not (design seam 11).
+    speculation, preempted or not (design seam 11). With drafts that are verified by rejection the
+    tokens, unless greedy, also depend on where there were drafts; their distribution does not.
     """
 
     def __init__(
@@ -76,6 +83,7 @@ class Engine:
         pace = Pace(options.speculation, options.draft_depth)
         self.pace = pace if drafting else Pace("off", options.draft_depth)
         self.drafter = Drafter(self.forward) if drafting else None
+        self.verifier = verifier(options.verification)
         self.scheduler = Scheduler(
             self.pool,
             max_running=options.max_running,
@@ -119,7 +127,7 @@ class Engine:
         answers = [
             Answer(
                 params, prompt_ids, index, seed, self.end_ids, self.vocabulary,
-                self._matcher(params),
+                self._matcher(params), self.verifier,
             )
             for index in range(params.n)
         ]  # fmt: skip
@@ -256,13 +264,13 @@ class Engine:
             answer.stop_at_length()
             return []
         first = len(chunk.tokens) - chunk.drafts
-        new = answer.take(rows[len(rows) - 1 - chunk.drafts :], chunk.tokens[first:])
-        if chunk.drafts:
-            accepted = max(0, len(new) - 1)
-            if len(new) == chunk.drafts and new == chunk.tokens[first:]:
-                accepted = len(new)  # the answer ended with a draft
-            self.acceptance.note(chunk.drafts, accepted)
-            request.drafted += chunk.drafts
+        drafts = chunk.tokens[first:]
+        new = answer.take(rows[len(rows) - 1 - chunk.drafts :], drafts)
+        if drafts:
+            judged = min(len(drafts), len(new))  # fewer where the answer ended with a draft
+            accepted = judged - (new[:judged] != drafts[:judged])
+            self.acceptance.note(judged, accepted)
+            request.drafted += len(drafts)
             request.accepted += accepted
         if len(sequence.tokens) + len(new) >= sequence.max_length:
             answer.stop_at_length()

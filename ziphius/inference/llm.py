@@ -51,10 +51,10 @@ class LLM:
 
     ``path`` is a Hugging Face folder or a run folder. ``dtype`` is what to compute in, by default
     what the config says. ``fast_math`` gives up that answers are the same bits whatever else is
-    computed. ``speculation`` is ``auto``, ``on`` or ``off``; ``kernels`` is ``auto``, ``compiled``
-    or ``torch``. Quantised weights stay codes in memory. With ``expert_bytes`` routed experts are
-    read when they are first chosen, and at most so many bytes of them are kept. Raises BadInput for
-    a checkpoint or an option that can't be used.
+    computed. ``kernels`` is ``auto``, ``compiled`` or ``torch``. Quantised weights stay codes in
+    memory. With ``expert_bytes`` routed experts are read when they are first chosen, and at most so
+    many bytes of them are kept. ``options`` are those of ``EngineOptions``. Raises BadInput for a
+    checkpoint or an option that can't be used.
     """
 
     def __init__(

@@ -95,11 +95,22 @@ class Sampler:
         *,
         allowed_V: NDArray[np.bool_] | None = None,
     ) -> Sampled:
-        """Choose the token that follows ``output``, the answer's tokens so far.
+        """Choose the token that follows ``output``, the answer's tokens so far, and report on it.
 
         ``allowed_V`` is a grammar's mask. Raises RequestError for a row with NaN or infinity, and
         where no token is left.
         """
+        token = self.token(logits_V, output, allowed_V=allowed_V)
+        return self.report(logits_V, token)
+
+    def token(
+        self,
+        logits_V: Tensor | Row,
+        output: Sequence[int],
+        *,
+        allowed_V: NDArray[np.bool_] | None = None,
+    ) -> int:
+        """Choose as ``choose`` does, and report nothing."""
         raw_V = as_row(logits_V)
         row_V = self._changed(raw_V, output, allowed_V)
         token = int(row_V.argmax())
@@ -110,9 +121,13 @@ class Sampler:
             token = int(kept.ids_N[(kept.scaled_N - np.log(waits_N)).argmax()])
         elif self.params.temperature > 0:
             token = self.noise.race(len(output), row_V, self.params.temperature)
+        return token
+
+    def report(self, logits_V: Tensor | Row, token: int) -> Sampled:
+        """Return a token with what the request wants to know of it, by the raw logits."""
         if self.params.logprobs is None:
             return Sampled(token)
-        return Sampled(*score(raw_V, token, self.params.logprobs))
+        return Sampled(*score(as_row(logits_V), token, self.params.logprobs))
 
     def distribution(
         self,
