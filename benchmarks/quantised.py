@@ -31,7 +31,9 @@ from ziphius.training.validate import bits_per_byte, mtp_agreement
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument(
+        "run", type=Path, nargs="?", default=Path("runs/quickstart"), help="a finished run"
+    )
     parser.add_argument("--group-sizes", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--tokens", type=int, default=65536, help="of the calibration text")
     parser.add_argument("--bytes", type=int, default=400_000, help="of held-out text")

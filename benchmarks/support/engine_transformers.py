@@ -25,7 +25,7 @@ class Transformers:
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(threads)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.bfloat16
+            checkpoint, dtype="auto"
         ).eval()
 
     def about(self) -> dict[str, Any]:

@@ -7,9 +7,11 @@ decoding is timed without what comes before it.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from protocol import resident_bytes, serve
@@ -35,10 +37,11 @@ class Vllm:
 
         torch.set_num_threads(threads)
         self.compiling = compiling
+        config = json.loads((Path(checkpoint) / "config.json").read_text("utf-8"))
         self.engine = LLM(
             checkpoint,
-            dtype="bfloat16",
-            max_model_len=LENGTH,
+            dtype=config["dtype"],
+            max_model_len=min(LENGTH, config["max_position_embeddings"]),
             max_num_batched_tokens=2 * LENGTH,
             max_num_seqs=16,
             skip_tokenizer_init=True,

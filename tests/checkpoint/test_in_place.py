@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import ziphius
+from tests.checkpoint.limited import WIDE, large_checkpoint, run_limited
 from tests.support import random_model, random_tokens, tiny_config
 from ziphius.checkpoint.convert import convert
 from ziphius.checkpoint.in_place import LazyExperts, load_in_place
@@ -22,16 +21,6 @@ from ziphius.model.transformer import Transformer
 
 # Of all experts in BF16, 295 kB, and enough for those of one layer.
 ROOM = 100_000
-WIDE = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 32,
-}
 
 
 @pytest.fixture(scope="module")
@@ -113,18 +102,12 @@ def test_torch_kernels_take_codes_too(source: Path, tmp_path: Path) -> None:
     assert answers(loaded.model) == answers(dense)
 
 
-LIMITED = """
-import resource, sys, torch
-from pathlib import Path
+ANSWER = """
 from ziphius.inference.llm import LLM
 from ziphius.inference.params import SamplingParams
-torch.set_num_threads(1)
-folder, kernels, room, lazy = sys.argv[1:]
-def held():
-    return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (held() + int(room), held() + int(room)))
+limit(int(room))
 llm = LLM(folder, kernel_cache=kernels, verify=False, cache_tokens=64,
-          expert_bytes=int(room) // 4 if lazy == "lazy" else None)
+          expert_bytes=int(room) // 4 if how == "lazy" else None)
 out = llm.generate([[1, 5, 9, 4]], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
 print(out[0].outputs[0].token_ids)
 """
@@ -132,21 +115,10 @@ print(out[0].outputs[0].token_ids)
 
 def test_a_checkpoint_twice_the_memory_answers(tmp_path: Path, kernel_folder: Path) -> None:
     """Lazy experts answer under a limit of half the checkpoint, where all of it does not fit."""
-    config = tiny_config(
-        **{**WIDE, "hidden_size": 256, "moe_intermediate_size": 512}, n_routed_experts=64
-    )
-    model = random_model(config, precision=Precision.for_inference(torch.bfloat16), seed=3)
-    ziphius.save(model, tmp_path / "model", max_shard_bytes=20_000_000)
-    size = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
-    assert size > 140_000_000
+    size = large_checkpoint(tmp_path / "model")
     answering_kernels(kernel_folder)
-
-    def run(how: str) -> subprocess.CompletedProcess[str]:
-        arguments = [str(tmp_path / "model"), str(kernel_folder), str(size // 2), how]
-        command = [sys.executable, "-c", LIMITED, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=200)
-
-    lazy = run("lazy")
+    given = (tmp_path / "model", kernel_folder, size // 2)
+    lazy = run_limited(ANSWER, *given, "lazy")
     assert lazy.returncode == 0, lazy.stderr[-2000:]
     assert lazy.stdout.startswith("(")
-    assert run("whole").returncode != 0
+    assert run_limited(ANSWER, *given, "whole").returncode != 0

@@ -7,6 +7,7 @@ the page table, 87,000 for 340 MB.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Arena:
 
     def __init__(self, block: int = BLOCK) -> None:
         self._block, self._memory, self._used = block, torch.empty(0, dtype=torch.uint8), 0
+        self.bytes = 0  # of all blocks
 
     def place(self, x: Tensor) -> Tensor:
         """Return a copy of ``x`` in the arena, contiguous."""
@@ -28,9 +30,22 @@ class Arena:
         start = -(-self._used // ALIGNED) * ALIGNED
         if start + x.nbytes > len(self._memory):
             self._memory, start = _huge(max(self._block, x.nbytes)), 0
+            self.bytes += len(self._memory)
         self._used = start + x.nbytes
         placed = self._memory[start : self._used].view(x.dtype).view(x.shape)
         return placed.copy_(x)
+
+
+def block_bytes(sizes: Iterable[int], block: int = BLOCK) -> int:
+    """Return the bytes of all blocks in an arena that is given tensors of these sizes, in order."""
+    total = end = used = 0
+    for size in filter(None, sizes):
+        start = -(-used // ALIGNED) * ALIGNED
+        if start + size > end:
+            end, start = max(block, size), 0
+            total += end
+        used = start + size
+    return total
 
 
 def _huge(size: int) -> Tensor:

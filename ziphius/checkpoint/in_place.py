@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ziphius.checkpoint.arena import Arena
+from ziphius.checkpoint.compressed import Packed
 from ziphius.checkpoint.config_json import raw_config, read_config, stored_dtype, stored_form
 from ziphius.checkpoint.files import check_manifest
 from ziphius.checkpoint.huggingface import (
@@ -22,7 +24,7 @@ from ziphius.checkpoint.huggingface import (
 )
 from ziphius.checkpoint.shards import ShardReader
 from ziphius.kernels.mixture import Expert, Experts
-from ziphius.kernels.quantize import QuantizedWeight
+from ziphius.kernels.quantize import QuantizedWeight, group_width, groups
 from ziphius.kernels.select import Kernels
 from ziphius.kernels.stored import Codes, Weight
 from ziphius.model.experts import ExpertStore
@@ -33,6 +35,7 @@ from ziphius.model.weights import ROUTING_BIAS
 
 FORMS = {8: "int8", 4: "int4"}
 STEP = 32  # columns that products take at a time: groups are whole ones
+Form = tuple[int, int] | Packed  # the block of FP8, or packed integers
 
 
 @dataclass
@@ -114,24 +117,50 @@ class Source:
 
     def _weight(self, name: str) -> Weight:
         stored = self.weights.stored(name)
-        if isinstance(stored, Fp8Weight):
-            block = self.weights.form
-            assert isinstance(block, tuple)
-            if block[1] % STEP == 0:
-                codes = stored.codes.contiguous().view(torch.uint8)
-                scales = stored.scale_inv.float().contiguous()
-                return Codes(codes, scales, "fp8", group=block[1], scale_rows=block[0])
-        elif isinstance(stored, QuantizedWeight):
-            width = stored.shape[1]
-            group = width if stored.group_size >= width else stored.group_size
-            whole = group % STEP == 0 or stored.scales.shape[1] == 1
-            if whole and (stored.bits == 8 or width % 2 == 0):
-                scales = stored.scales.float().contiguous()
-                group = -(-group // STEP) * STEP
-                return Codes(stored.codes.contiguous(), scales, FORMS[stored.bits], group=group)
-        wide = torch.promote_types(self.dtype, torch.float32)
-        high = wide if name.endswith(ROUTING_BIAS) else self.dtype
-        return self.weights.read(name, high).to(high)
+        if isinstance(stored, Fp8Weight | QuantizedWeight):
+            form = self.weights.form
+            assert form is not None, "stored() has checked it"
+            if (group := product_group(form, self.weights.shapes[name])) is not None:
+                return _codes(stored, form, group)
+        held = held_dtype(name, self.dtype)
+        return self.weights.read(name, held).to(held)
+
+
+def _codes(stored: Fp8Weight | QuantizedWeight, form: Form, group: int) -> Codes:
+    if isinstance(stored, QuantizedWeight):
+        scales = stored.scales.float().contiguous()
+        return Codes(stored.codes.contiguous(), scales, FORMS[stored.bits], group=group)
+    assert isinstance(form, tuple)
+    codes = stored.codes.contiguous().view(torch.uint8)
+    scales = stored.scale_inv.float().contiguous()
+    return Codes(codes, scales, "fp8", group=group, scale_rows=form[0])
+
+
+def product_group(form: Form, shape: tuple[int, ...]) -> int | None:
+    """Return the columns of a scale as products take them; None where codes become numbers."""
+    if not isinstance(form, Packed):
+        return form[1] if form[1] % STEP == 0 else None
+    width = shape[1]
+    group = min(width, group_width(width, form.group_size))
+    if (group % STEP and group < width) or (form.bits == 4 and width % 2):
+        return None
+    return -(-group // STEP) * STEP
+
+
+def held_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which the numbers of a weight are held, for activations in ``dtype``."""
+    return torch.promote_types(dtype, torch.float32) if name.endswith(ROUTING_BIAS) else dtype
+
+
+def held_bytes(name: str, shape: tuple[int, ...], form: Form | None, dtype: torch.dtype) -> int:
+    """Return the bytes of a weight in memory. ``form`` is None for one that is stored plain."""
+    size = math.prod(shape)
+    if form is None or product_group(form, shape) is None:
+        return size * held_dtype(name, dtype).itemsize
+    rows, width = shape
+    if isinstance(form, Packed):
+        return size * form.bits // 8 + 4 * rows * groups(width, form.group_size)
+    return size + 4 * -(-rows // form[0]) * -(-width // form[1])
 
 
 class ExpertCache:

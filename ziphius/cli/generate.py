@@ -6,14 +6,14 @@ import time
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ziphius.cli import options
+from ziphius.cli.plan import expert_bytes, show_plan
 
 if TYPE_CHECKING:
-    from ziphius.inference.engine import Engine
     from ziphius.inference.llm import LLM
     from ziphius.inference.params import SamplingParams
 
@@ -54,6 +54,9 @@ def generate(
     cache_tokens: options.CacheTokens = 16_384,
     dtype: options.DType = None,
     without_mtp: options.WithoutMTP = False,
+    lazy_experts: options.LazyExperts = None,
+    plan: options.Plan = False,
+    memory: options.Memory = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Tell at the end how fast it was, and why.")
     ] = False,
@@ -69,11 +72,25 @@ def generate(
     A file of prompts: ziphius generate runs/quickstart --input-file prompts.txt
 
     Of a given form: ziphius generate runs/quickstart "It is " --regex "(yes|no)"
+
+    Larger than the memory: ziphius generate DeepSeek-V3 "Whales" --lazy-experts auto
+
+    Will it fit? ziphius generate DeepSeek-V3 --plan --memory 64GiB
     """
     from ziphius.config.errors import BadInput
     from ziphius.inference.llm import LLM
     from ziphius.inference.params import SamplingParams
 
+    how: dict[str, Any] = {
+        "dtype": dtype, "mtp": not without_mtp, "fast_math": fast_math, "kernels": kernels,
+        "speculation": speculation, "draft_depth": draft_depth, "cache_tokens": cache_tokens,
+        "expert_bytes": expert_bytes(lazy_experts),
+    }  # fmt: skip
+    if plan:
+        show_plan(checkpoint, memory, how)
+        return
+    if memory is not None:
+        raise BadInput("--memory is for --plan; --cache-tokens and --lazy-experts bound answers")
     if (prompt is None) == (input_file is None):
         raise BadInput("give either a PROMPT or --input-file")
     prompts = [prompt] if prompt is not None else _read_prompts(input_file)
@@ -82,10 +99,7 @@ def generate(
         seed=seed, stop=stop or (), regex=regex,
         json_schema=None if json_schema is None else _read("--json-schema", json_schema),
     )  # fmt: skip
-    llm = LLM(
-        checkpoint, dtype=dtype, mtp=not without_mtp, fast_math=fast_math, kernels=kernels,
-        speculation=speculation, draft_depth=draft_depth, cache_tokens=cache_tokens,
-    )  # fmt: skip
+    llm = LLM(checkpoint, **how)
     if llm.tokenizer is None:
         raise BadInput(f"{checkpoint}: no tokenizer.json beside the weights: add the model's own")
     began = time.monotonic()
@@ -94,7 +108,7 @@ def generate(
     else:
         _write_together(llm, prompts, params)
     if stats:
-        _tell(llm.engine, time.monotonic() - began)
+        _tell(llm, time.monotonic() - began)
 
 
 def _write(llm: LLM, prompt: str, params: SamplingParams) -> None:
@@ -134,8 +148,11 @@ def _write_together(llm: LLM, prompts: Sequence[str], params: SamplingParams) ->
         raise RequestError(f"{len(errors)} of {len(answers)} answers broke off: {errors[0]}")
 
 
-def _tell(engine: Engine, seconds: float) -> None:
+def _tell(llm: LLM, seconds: float) -> None:
     """Say how fast answers came, what speculation and known prefixes gave, and by which kernels."""
+    from ziphius.planning.memory import shown
+
+    engine = llm.engine
     numbers = engine.stats()
     steps = max(engine.steps, 1)
     lines = [
@@ -148,6 +165,8 @@ def _tell(engine: Engine, seconds: float) -> None:
         lines.append(f"drafts: {rate:.0%} of {count} accepted at place {place}")
     if not judged:
         lines.append("drafts: none")
+    if llm.loaded is not None and (experts := llm.loaded.experts) is not None:
+        lines.append(f"experts: read {experts.reads} times, {shown(experts.bytes)} kept")
     lines.append(f"kernels: {engine.model.kernels}")
     typer.echo("\n".join(lines), err=True)
 

@@ -49,7 +49,8 @@ DraftDepth = Annotated[int, typer.Option(help="How many tokens to draft at a tim
 FastMath = Annotated[
     bool,
     typer.Option(
-        "--fast-math", help="Faster for long prompts; last bits depend on what else is computed."
+        "--fast-math/--exact",
+        help="Faster for long prompts; last bits depend on what else is computed.",
     ),
 ]
 KernelChoice = Annotated[
@@ -61,4 +62,27 @@ KernelChoice = Annotated[
 ]
 CacheTokens = Annotated[
     int, typer.Option(help="Room for the tokens of all prompts and answers that run at a time.")
+]
+LazyExperts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE|auto",
+        help="Read routed experts when a token first chooses them and keep at most SIZE of them "
+        "(8GiB, 500MB), auto: as many as memory has room for. A checkpoint larger than the memory "
+        "answers, as fast as the disk brings what it chooses.",
+    ),
+]
+Plan = Annotated[
+    bool,
+    typer.Option(
+        "--plan",
+        help="Say what memory all this would take, item by item, whether it fits and how long "
+        "loading would take; load and answer nothing.",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="With --plan: the memory to plan for, by default what is free here."
+    ),
 ]

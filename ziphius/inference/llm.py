@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -27,6 +27,7 @@ from ziphius.inference.twin import share, twin
 from ziphius.inference.vocabulary import Vocabulary
 from ziphius.kernels.select import Kernels, answering_kernels, fast_kernels, has_compiler
 from ziphius.model.transformer import Transformer
+from ziphius.planning.answering import AnsweringPlan, Work, plan_answering
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -53,8 +54,9 @@ class LLM:
     what the config says. ``fast_math`` gives up that answers are the same bits whatever else is
     computed. ``kernels`` is ``auto``, ``compiled`` or ``torch``. Quantised weights stay codes in
     memory. With ``expert_bytes`` routed experts are read when they are first chosen, and at most so
-    many bytes of them are kept. ``options`` are those of ``EngineOptions``. Raises BadInput for a
-    checkpoint or an option that can't be used.
+    many bytes of them are kept; ``auto`` keeps as many as what is free has room for. ``options``
+    are those of ``EngineOptions``. Raises BadInput for a checkpoint or an option that can't be
+    used.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class LLM:
         kernel_cache: str | os.PathLike[str] | None = None,
         mtp: bool = True,
         verify: bool = True,
-        expert_bytes: int | None = None,
+        expert_bytes: int | Literal["auto"] | None = None,
         **options: Any,
     ) -> None:
         checked = _engine_options(options, exact=not fast_math)
         folder = checkpoint_folder(Path(path))
         chosen = choose_kernels(kernels, kernel_cache, exact=not fast_math)
+        if expert_bytes == "auto":
+            expert_bytes = _plan(folder, checked, dtype=dtype, mtp=mtp, expert_bytes=0).expert_room
         loaded = load_in_place(
             folder, chosen, dtype, mtp=mtp, verify=verify, expert_bytes=expert_bytes
         )
@@ -80,6 +84,32 @@ class LLM:
         if (folder / TOKENIZER_FILE).is_file():
             tokenizer = read_tokenizer(folder / TOKENIZER_FILE)
         self._init(loaded.model, tokenizer, checked, loaded=loaded, folder=folder)
+
+    @staticmethod
+    def plan(
+        path: str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype | None = None,
+        fast_math: bool = False,
+        kernels: str = "auto",
+        kernel_cache: str | os.PathLike[str] | None = None,
+        mtp: bool = True,
+        verify: bool = True,
+        expert_bytes: int | Literal["auto"] | None = None,
+        memory_bytes: int | None = None,
+        **options: Any,
+    ) -> AnsweringPlan:
+        """Return what ``LLM`` with the same arguments would hold, and how long loading would take.
+
+        Only headers are read, and a sample of the weights to time it. ``memory_bytes`` is what all
+        may take, by default what is free here. ``kernels`` and their folder change nothing.
+        Raises BadInput as ``LLM`` does.
+        """
+        checked = _engine_options(options, exact=not fast_math)
+        how: dict[str, Any] = {"dtype": dtype, "mtp": mtp, "memory_bytes": memory_bytes}
+        if expert_bytes == "auto":
+            expert_bytes = _plan(path, checked, expert_bytes=0, **how).expert_room
+        return _plan(path, checked, verify=verify, expert_bytes=expert_bytes, **how)
 
     @classmethod
     def of(
@@ -276,6 +306,17 @@ def _engine_options(options: Mapping[str, Any], *, exact: bool) -> EngineOptions
         if name not in known:
             raise BadInput(f"unknown option '{name}'{nearest(name, known)}")
     return EngineOptions(exact=exact, **options)
+
+
+def _plan(path: str | os.PathLike[str], options: EngineOptions, **how: Any) -> AnsweringPlan:
+    drafts = 0 if options.speculation == "off" else options.draft_depth
+    work = Work(
+        # Whole pages, as the engine takes them.
+        cache_tokens=-(-options.cache_tokens // options.page_size) * options.page_size,
+        step_tokens=max(options.max_step_tokens, options.max_running),
+        rows=options.max_running * (1 + drafts),
+    )
+    return plan_answering(Path(path), work, **how)
 
 
 def _as_ids(prompt: Any) -> list[int]:

@@ -56,20 +56,20 @@ class MemoryPlan:
 
     def table(self) -> str:
         """Return the plan as lines of text."""
-        lines = [(name, _shown(size)) for name, size in self.items.items() if size]
-        lines.append((f"weights, {self.weights}", _shown(self.weight_bytes)))
+        lines = [(name, shown(size)) for name, size in self.items.items() if size]
+        lines.append((f"weights, {self.weights}", shown(self.weight_bytes)))
         lines.append(("cache, a token", f"{self.cache_token_bytes:,} B"))
         if self.memory_bytes is not None:
-            lines.append(("memory limit", _shown(self.memory_bytes)))
+            lines.append(("memory limit", shown(self.memory_bytes)))
             lines.append(("cache tokens that fit", f"{self.cache_tokens:,}"))
-        lines.append(("bytes to read", _shown(self.read_bytes)))
+        lines.append(("bytes to read", shown(self.read_bytes)))
         if self.load_seconds is not None:
             lines.append(("expected load time", f"{self.load_seconds:,.1f} s"))
         first, second = (max(len(line[i]) for line in lines) for i in (0, 1))
         rows = [f"  {name:{first}}  {value:>{second}}" for name, value in lines]
         if self.memory_bytes is not None and not self.fits:
             missing = self.weight_bytes + self.cache_token_bytes - self.memory_bytes
-            rows.append(f"  does not fit: {_shown(missing)} more are needed for the first token")
+            rows.append(f"  does not fit: {shown(missing)} more are needed for the first token")
         return "\n".join([str(self.path), *rows])
 
 
@@ -160,7 +160,7 @@ def item_of(name: str, config: ModelConfig) -> str:
     return DENSE
 
 
-def _shown(size: int) -> str:
+def shown(size: int) -> str:
     """Show bytes in the largest unit of which there is at least one."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if size >= unit:
