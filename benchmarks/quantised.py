@@ -51,10 +51,10 @@ def main() -> None:
         every = corpus.train[:: max(1, len(corpus.train) // 100)]
         text.write_text("\n\n".join(document.text[:4000] for document in every), "utf-8")
         first: Transformer | None = None
-        for name, to, size, how in _cases(options.group_sizes, options.tokens, length):
+        for name, to, size, how, head in _cases(options.group_sizes, options.tokens, length):
             folder = Path(f"{target}-{name.replace(' ', '-')}")
             if how is None:
-                convert(source, folder, to, group_size=size)
+                convert(source, folder, to, group_size=size, head=head)
             else:
                 with Calibration(source, text, how) as quantizer:
                     convert(source, folder, to, quantizer=quantizer)
@@ -70,15 +70,18 @@ def main() -> None:
     report("quantised", figures, record=options.record)
 
 
-def _cases(sizes: list[int], tokens: int, length: int) -> list[tuple[str, str, int, Gptq | None]]:
-    """List (name, form, group size, GPTQ settings or None)."""
-    cases: list[tuple[str, str, int, Gptq | None]] = [("bf16", "bf16", 128, None)]
-    cases.append(("fp8", "fp8", 128, None))
+Case = tuple[str, str, int, Gptq | None, bool]
+
+
+def _cases(sizes: list[int], tokens: int, length: int) -> list[Case]:
+    """List (name, form, group size, GPTQ settings or None, whether the head is in integers)."""
+    cases: list[Case] = [("bf16", "bf16", 128, None, False), ("fp8", "fp8", 128, None, False)]
     for (to, bits), size in product(INTEGERS.items(), sizes):
-        cases.append((f"{to} {size} rounding", to, size, None))
+        cases.append((f"{to} {size} rounding", to, size, None, False))
+        cases.append((f"{to} {size} rounding head", to, size, None, True))
         for act_order in (False, True):
             how = Gptq(bits, size, act_order, tokens=tokens, sequence_length=length)
-            cases.append((f"{to} {size} gptq{' ordered' * act_order}", to, size, how))
+            cases.append((f"{to} {size} gptq{' ordered' * act_order}", to, size, how, False))
     return cases
 
 

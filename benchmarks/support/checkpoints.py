@@ -16,6 +16,7 @@ import torch
 import ziphius
 from ziphius.checkpoint.config_json import read_config
 from ziphius.checkpoint.convert import convert
+from ziphius.checkpoint.forms import INTEGERS
 from ziphius.config.model import ModelConfig
 from ziphius.data.tokenizer import save_tokenizer, train_tokenizer
 from ziphius.model.count import count
@@ -59,13 +60,15 @@ class Checkpoints:
         """Return a folder of ours in a form, or ``PLAIN``; made if need be."""
         if form == "bf16":
             return self.original
-        folder = self.folder / form
+        # Peers' files have their output head in few bits too.
+        integers = form in INTEGERS
+        folder = self.folder / (f"{form}-head" if integers else form)
         if not folder.is_dir():
             _say(f"converting to {form}")
             if form == PLAIN:
                 convert(self.original, folder, "bf16", mtp=False)
             else:
-                convert(self.original, folder, form)
+                convert(self.original, folder, form, head=integers)
         return folder
 
     def gguf(self, form: str, llama_python: str, llama_source: Path, threads: int) -> Path:

@@ -56,15 +56,23 @@ def test_the_ignore_list_names_every_linear_layer_that_is_not_quantised() -> Non
 
 # config.json
 
+FORMS_OF_CONFIG = [
+    Packed(4, 128),
+    Packed(8, 32),
+    Packed(8, -1),
+    Packed(4, 128, 8),
+    Packed(8, -1, 8),
+]
 
-@pytest.mark.parametrize("form", [Packed(4, 128), Packed(8, 32), Packed(8, -1)])
+
+@pytest.mark.parametrize("form", FORMS_OF_CONFIG)
 def test_config_there_and_back(form: Packed) -> None:
     written = json.loads(json.dumps(packed_config(form)))
     assert read_packed_config(written, "config.json") == form
     assert stored_form({"quantization_config": written}) == form
 
 
-@pytest.mark.parametrize("form", [Packed(4, 128), Packed(8, 32), Packed(8, -1)])
+@pytest.mark.parametrize("form", FORMS_OF_CONFIG)
 def test_the_library_reads_the_config(form: Packed) -> None:
     library = pytest.importorskip("compressed_tensors.quantization")
     found = library.QuantizationConfig.model_validate(packed_config(form))
@@ -72,6 +80,7 @@ def test_the_library_reads_the_config(form: Packed) -> None:
     assert (weights.num_bits, weights.symmetric) == (form.bits, True)
     assert (weights.group_size or -1) == form.group_size
     assert weights.strategy == ("channel" if form.group_size == -1 else "group")
+    assert ("group_1" in found.config_groups) == (form.head_bits is not None)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +92,8 @@ def test_the_library_reads_the_config(form: Packed) -> None:
         (["sparsity_config"], {"format": "sparse-bitmask"}, "sparsity_config"),
         (["config_groups"], {}, "exactly one group"),
         (["config_groups", "group_1"], {}, "exactly one group"),
+        (["config_groups", "group_1"], {"targets": ["re:lm_head$", "Linear"]}, "exactly one group"),
+        (["config_groups", "group_1"], {"targets": ["lm_head"], "weights": None}, "weights"),
         (["config_groups", "group_0", "weights"], None, "weights"),
         (["config_groups", "group_0", "input_activations"], {"num_bits": 8}, "input_activations"),
         (["config_groups", "group_0", "weights", "num_bits"], 3, "num_bits = 3"),

@@ -34,7 +34,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def converted(source: Path, folder: Path, form: str, group: int = 32) -> Path:
     if form == "bf16":
         return source
-    convert(source, folder / form, form, group_size=group)
+    to, _, head = form.partition("+")
+    convert(source, folder / form, to, group_size=group, head=head == "head")
     return folder / form
 
 
@@ -50,7 +51,7 @@ def answers(model: Transformer) -> list[object]:
     return [(r.result().outputs, r.result().prompt_logprobs) for r in requests]
 
 
-@pytest.mark.parametrize("form", ["bf16", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int8", "int4", "int8+head", "int4+head"])
 @pytest.mark.parametrize("lazy", [False, True])
 def test_codes_answer_as_the_numbers_they_mean(
     source: Path, tmp_path: Path, kernel_folder: Path, form: str, lazy: bool
@@ -62,12 +63,14 @@ def test_codes_answer_as_the_numbers_they_mean(
     assert answers(loaded.model) == answers(dense)
     coded = loaded.model.layers[0].self_attn.o_proj.weight
     assert isinstance(coded, Codes) == (form != "bf16")
+    head = loaded.model.lm_head.weight
+    assert (head.form if isinstance(head, Codes) else None) == ("int8" if "+" in form else None)
     if lazy:
         assert loaded.experts is not None
         assert loaded.experts.bytes <= ROOM
         # INT4 experts all have room; of others some were dropped and read again.
         assert loaded.experts.reads >= 3 * 8
-        assert (loaded.experts.reads > 3 * 8) == (form != "int4")
+        assert (loaded.experts.reads > 3 * 8) == (not form.startswith("int4"))
         assert isinstance(loaded.model.layers[1].mlp.places, LazyExperts)
     loaded.close()
 

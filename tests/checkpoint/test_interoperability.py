@@ -26,6 +26,7 @@ CONFIG = tiny_config(
         ("int4", 32, "compressed_tensors"),
         ("int8", -1, "compressed_tensors"),
         ("int4", -1, "compressed_tensors"),
+        ("int4+head", 32, "compressed_tensors"),
         ("fp8", 128, "accelerate"),
     ],
 )
@@ -34,7 +35,9 @@ def test_transformers_computes_what_the_dequantised_weights_mean(
 ) -> None:
     pytest.importorskip(library)
     save(random_model(CONFIG), tmp_path / "source", dtype="bfloat16")
-    convert(tmp_path / "source", tmp_path / "quantised", to=to, group_size=group_size)
+    to, _, head = to.partition("+")
+    settings = {"to": to, "group_size": group_size, "head": bool(head)}
+    convert(tmp_path / "source", tmp_path / "quantised", **settings)
     convert(tmp_path / "quantised", tmp_path / "plain", to="bf16")
     assert_same(load(tmp_path / "quantised"), weights(load(tmp_path / "plain")))
     tokens = random_tokens(CONFIG, 2, 16)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -33,6 +33,9 @@ METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
 PACKED, SCALE, SHAPE = SUFFIXES = ("_packed", "_scale", "_shape")
 
+# The output head, and its copies in the MTP modules of a file.
+_HEAD = (r"lm_head$", r".*shared_head\.head$")
+
 # Modules that no form quantises, FP8 included, and why. The published FP8 weights keep the same
 # ones (facts 1.9). kv_b_proj is not among them, although decoding multiplies by its transpose: it
 # is FP8 in the published weights, a tenth of what attention reads at short contexts, and every
@@ -40,14 +43,14 @@ PACKED, SCALE, SHAPE = SUFFIXES = ("_packed", "_scale", "_shape")
 HIGH_PRECISION: Mapping[str, str] = MappingProxyType(
     {
         r".*embed_tokens$": "rows are looked up, not multiplied",
-        r"lm_head$|.*shared_head\.head$": "its error meets no later layer that could mend it",
+        "|".join(_HEAD): "its error meets no later layer that could mend it",
         r".*norm$": "vectors",
         r".*mlp\.gate$": "an error here sends a token to other experts; holds the routing bias too",
         r".*eh_proj$": "joins hidden state and embedding, whose sizes differ",
     }
 )
 # ``targets`` of the layout names classes of modules; of those above these are linear layers.
-_LINEAR = (r"lm_head$|.*shared_head\.head$", r".*mlp\.gate$", r".*eh_proj$")
+_LINEAR = (*_HEAD, r".*mlp\.gate$", r".*eh_proj$")
 
 
 class Stored(Protocol):
@@ -68,16 +71,32 @@ class Stored(Protocol):
 
 @dataclass(frozen=True)
 class Packed:
-    """How the integers of a checkpoint are stored; ``group_size`` -1 is one scale a row."""
+    """How the integers of a checkpoint are stored; ``group_size`` -1 is one scale a row.
+
+    ``head_bits`` are those of the output head, or None where it is not in integers.
+    """
 
     bits: int
     group_size: int
+    head_bits: int | None = None
+
+    def of(self, name: str) -> Packed:
+        """Return how the weight ``name`` is stored, if it is packed."""
+        if self.head_bits is None or not is_head(name):
+            return self
+        return replace(self, bits=self.head_bits)
 
 
 def is_quantizable(name: str) -> bool:
     """Say whether forms of fewer bits store the weight ``name`` in them."""
     module, _, kind = name.rpartition(".")
     return kind == "weight" and not any(re.match(pattern, module) for pattern in HIGH_PRECISION)
+
+
+def is_head(name: str) -> bool:
+    """Say whether ``name`` is the output head's weight, or a copy of it."""
+    module, _, kind = name.rpartition(".")
+    return kind == "weight" and any(re.match(pattern, module) for pattern in _HEAD)
 
 
 def is_packed(name: str, names: Container[str]) -> bool:
@@ -99,6 +118,23 @@ def packed_parts(names: Container[str], name: str) -> str | None:
 
 def packed_config(form: Packed) -> dict[str, Any]:
     """Return the ``quantization_config`` of a checkpoint of integers."""
+    tables, ignored = {"group_0": _group_config(form, ["Linear"])}, list(_LINEAR)
+    if form.head_bits is not None:
+        # A pattern goes before the name of a class.
+        head = Packed(form.head_bits, form.group_size)
+        tables["group_1"] = _group_config(head, [f"re:{pattern}" for pattern in _HEAD])
+        ignored = [pattern for pattern in _LINEAR if pattern not in _HEAD]
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": tables,
+        "ignore": [f"re:{pattern}" for pattern in ignored],
+        "kv_cache_scheme": None,
+    }
+
+
+def _group_config(form: Packed, targets: list[str]) -> dict[str, Any]:
     whole = form.group_size == WHOLE_ROW
     weights = {
         "num_bits": form.bits,
@@ -109,20 +145,12 @@ def packed_config(form: Packed) -> dict[str, Any]:
         "dynamic": False,
         "actorder": None,
     }
-    group = {
-        "targets": ["Linear"],
+    return {
+        "targets": targets,
         "weights": weights,
         "input_activations": None,
         "output_activations": None,
         "format": FORMAT,
-    }
-    return {
-        "quant_method": METHOD,
-        "format": FORMAT,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": [f"re:{pattern}" for joined in _LINEAR for pattern in joined.split("|")],
-        "kv_cache_scheme": None,
     }
 
 
@@ -130,19 +158,39 @@ def read_packed_config(scheme: Mapping[str, Any], where: str) -> Packed:
     """Read a ``quantization_config`` of ``compressed-tensors``.
 
     One group of symmetric 4 or 8 bit integers in ``pack-quantized`` is read, whatever it targets:
-    the tensors themselves say which are packed. Raises BadInput, which names the key, for every
-    other form; ``where`` begins the message.
+    the tensors themselves say which are packed. A second one may be that of ``lm_head`` alone, in
+    groups of the same size. Raises BadInput, which names the key, for every other form; ``where``
+    begins the message.
     """
     where = f"{where}: quantization_config"
     _require(scheme, {"format": (FORMAT,), "kv_cache_scheme": (None,)}, where)
     if scheme.get("sparsity_config"):
         raise BadInput(f"{where}.sparsity_config: sparse weights are not supported")
     found = scheme.get("config_groups")
-    tables = list(found.items()) if isinstance(found, dict) else []
-    if len(tables) != 1 or not isinstance(tables[0][1], dict):
-        raise BadInput(f"{where}.config_groups: exactly one group of weights is supported")
-    name, group = tables[0]
-    where = f"{where}.config_groups.{name}"
+    tables = dict(found) if isinstance(found, dict) else {}
+    heads = [name for name, table in tables.items() if len(tables) > 1 and _is_head(table)]
+    others = [name for name in tables if name not in heads]
+    if len(others) != 1 or len(heads) > 1 or not isinstance(tables[others[0]], dict):
+        raise BadInput(
+            f"{where}.config_groups: exactly one group of weights is supported, and one of lm_head"
+        )
+    form = _read_group(tables[others[0]], f"{where}.config_groups.{others[0]}")
+    if not heads:
+        return form
+    at = f"{where}.config_groups.{heads[0]}"
+    head = _read_group(tables[heads[0]], at)
+    if head.group_size != form.group_size:
+        raise BadInput(f"{at}: lm_head needs the group size of the other weights")
+    return replace(form, head_bits=head.bits)
+
+
+def _is_head(table: Any) -> bool:
+    targets = table.get("targets") if isinstance(table, dict) else None
+    known = {"lm_head", "re:.*lm_head", *(f"re:{pattern}" for pattern in _HEAD)}
+    return isinstance(targets, list) and bool(targets) and known.issuperset(map(str, targets))
+
+
+def _read_group(group: Mapping[str, Any], where: str) -> Packed:
     activations = {"input_activations": (None,), "output_activations": (None,)}
     _require(group, {**activations, "format": (FORMAT, None)}, where)
     weights = group.get("weights")
@@ -192,6 +240,7 @@ def require_layout(
 
     Raises BadInput, which names the part.
     """
+    form = form.of(name)
     for suffix in SUFFIXES:
         if name + suffix not in names:
             raise BadInput(
@@ -225,6 +274,7 @@ def read_packed(name: str, form: Packed, reader: Stored) -> QuantizedWeight:
 
     Raises BadInput when ``weight_shape`` contradicts the words.
     """
+    form = form.of(name)
     words, scales = reader.read(name + PACKED), reader.read(name + SCALE)
     rows, width = (int(size) for size in reader.read(name + SHAPE))
     if rows != len(words) or -(-width * form.bits // 32) != words.shape[1]:

@@ -35,6 +35,7 @@ def convert(
     mtp: bool = True,
     group_size: int = GROUP_SIZE,
     quantizer: Quantizer | None = None,
+    head: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
     on_tensor: Callable[[int, int], None] | None = None,
 ) -> Comparison:
@@ -42,12 +43,13 @@ def convert(
 
     ``to`` is bf16, fp32, fp8 (the published blocks), int8 or int4 (``compressed-tensors``, with a
     scale every ``group_size`` inputs, -1 for one a row). Integers are rounded to unless a
-    ``quantizer`` finds them. Quantised sources are dequantised. Tokenizer and other files come
-    along; the config keeps what it says beyond the network. ``on_tensor`` gets (tensors done,
-    tensors in all). Returns how the source's tensors compared with its config. Raises BadInput as
-    ``load`` does, and when the target holds anything already.
+    ``quantizer`` finds them; with ``head`` the output head is in eight bits too. Quantised sources
+    are dequantised. Tokenizer and other files come along; the config keeps what it says beyond the
+    network. ``on_tensor`` gets (tensors done, tensors in all). Returns how the source's tensors
+    compared with its config. Raises BadInput as ``load`` does, and when the target holds anything
+    already.
     """
-    form = form_of(to, group_size, quantizer)
+    form = form_of(to, group_size, quantizer, head=head)
     folder, target = checkpoint_folder(Path(source)), Path(target)
     if target.is_dir() and any(target.iterdir()):
         raise BadInput(f"{target}: is not empty: remove it or name another target")

@@ -10,7 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ziphius.checkpoint.compressed import Packed, is_quantizable, packed_config, packed_tensors
+from ziphius.checkpoint.compressed import (
+    Packed,
+    is_head,
+    is_quantizable,
+    packed_config,
+    packed_tensors,
+)
 from ziphius.checkpoint.fp8 import BLOCK, SCALE_SUFFIX, quantize_blocks
 from ziphius.checkpoint.huggingface import Fp8Weight, WeightReader, stored_as
 from ziphius.checkpoint.keys import expected_shapes
@@ -21,6 +27,7 @@ from ziphius.kernels.quantize import GROUP_SIZE, Codes, quantize, require_possib
 
 PLAIN = MappingProxyType({"bf16": torch.bfloat16, "fp32": torch.float32})
 INTEGERS = MappingProxyType({"int8": 8, "int4": 4})
+HEAD_BITS = 8
 FP8 = "fp8"
 NAMES = (*PLAIN, FP8, *INTEGERS)
 # What config.json says about how integers were found; no other engine reads it.
@@ -125,32 +132,48 @@ class Fp8:
 
 @dataclass(frozen=True)
 class Integers:
-    """Integers with group scales, as ``compressed-tensors`` stores them."""
+    """Integers with group scales, as ``compressed-tensors`` stores them.
+
+    With ``head`` the output head is among them, rounded to eight bits.
+    """
 
     quantizer: Quantizer
+    head: bool = False
     dtype: torch.dtype = torch.bfloat16
 
     def tensors(self, weights: WeightReader, name: str) -> Iterator[tuple[str, Tensor]]:
-        if not is_quantizable(name):
+        quantizer: Quantizer = self.quantizer
+        if self.head and is_head(name):
+            quantizer = Rounding(HEAD_BITS, quantizer.group_size)
+        elif not is_quantizable(name):
             yield from Plain(self.dtype).tensors(weights, name)
             return
         weight_OI = weights.read(name, torch.float32).float()
         try:
-            codes = self.quantizer.codes(name, weight_OI)
+            codes = quantizer.codes(name, weight_OI)
         except ValueError as error:
             raise BadInput(f"{name}: {error}") from None
-        yield from packed_tensors(name, codes, self.quantizer.bits)
+        yield from packed_tensors(name, codes, quantizer.bits)
 
     def config(self) -> dict[str, Any]:
-        form = Packed(self.quantizer.bits, self.quantizer.group_size)
-        return {"quantization_config": packed_config(form), RECORD: self.quantizer.describe()}
+        head = HEAD_BITS if self.head else None
+        form = Packed(self.quantizer.bits, self.quantizer.group_size, head)
+        record = self.quantizer.describe() | ({"head_bits": head} if head else {})
+        return {"quantization_config": packed_config(form), RECORD: record}
 
 
-def form_of(to: str, group_size: int = GROUP_SIZE, quantizer: Quantizer | None = None) -> Form:
+def form_of(
+    to: str,
+    group_size: int = GROUP_SIZE,
+    quantizer: Quantizer | None = None,
+    *,
+    head: bool = False,
+) -> Form:
     """Return the form of a name: bf16, fp32, fp8, int8 or int4.
 
-    ``group_size`` is that of integers found by rounding, unless a ``quantizer`` finds them. Raises
-    BadInput for unknown names, for impossible sizes, and for a quantizer of another width.
+    ``group_size`` is that of integers found by rounding, unless a ``quantizer`` finds them; with
+    ``head`` the output head is in integers too. Raises BadInput for unknown names, for impossible
+    sizes, and for a quantizer of another width.
     """
     if to not in NAMES:
         raise BadInput(f"--to {to}: not a form this version writes{nearest(to, NAMES)}")
@@ -162,7 +185,9 @@ def form_of(to: str, group_size: int = GROUP_SIZE, quantizer: Quantizer | None =
         quantizer = quantizer if quantizer is not None else Rounding(INTEGERS[to], group_size)
         if quantizer.bits != INTEGERS[to]:
             raise BadInput(f"--to {to}: the quantizer makes integers of {quantizer.bits} bits")
-        return Integers(quantizer)
+        return Integers(quantizer, head)
+    if head:
+        raise BadInput(f"--head is for --to {' and --to '.join(INTEGERS)}, not for --to {to}")
     if quantizer is not None:
         raise BadInput(f"--to {to}: only {' and '.join(INTEGERS)} are found by another method")
     return Fp8() if to == FP8 else Plain(PLAIN[to])

@@ -42,6 +42,14 @@ def convert(
     damping: Annotated[
         float | None, typer.Option(help="gptq: added to the Hessian's diagonal, by default 0.01.")
     ] = None,
+    head: Annotated[
+        bool,
+        typer.Option(
+            "--head",
+            help="int8, int4: the output head in eight bits too, by rounding: a small model "
+            "answers faster.",
+        ),
+    ] = False,
     without_mtp: options.WithoutMTP = False,
 ) -> None:
     """Write a checkpoint in another form, tensor by tensor. Quantised sources are dequantised.
@@ -62,6 +70,7 @@ def convert(
         "--calibration-tokens": calibration_tokens,
         "--act-order": act_order or None,
         "--damping": damping,
+        "--head": head or None,
     }
     _require_sense(to, method, {name for name, value in given.items() if value is not None})
     console = Console()
@@ -78,6 +87,7 @@ def convert(
             mtp=not without_mtp,
             group_size=DEFAULT_GROUP if group_size is None else group_size,
             quantizer=quantizer,
+            head=head,
             on_tensor=lambda done, total: progress.update(task, completed=done, total=total),
         )
     lines = [f"{target}: {len(comparison.used)} tensors used, {len(comparison.ignored)} ignored"]
@@ -104,8 +114,8 @@ def _require_sense(to: str, method: str, given: set[str]) -> None:
     if to not in INTEGERS and (given or method != "rounding"):
         name = min(given) if given else "--method"
         raise BadInput(f"{name} is for --to {' and --to '.join(INTEGERS)}, not for --to {to}")
-    if method == "rounding" and given - {"--group-size"}:
-        raise BadInput(f"{min(given - {'--group-size'})} is for --method gptq")
+    if method == "rounding" and given - {"--group-size", "--head"}:
+        raise BadInput(f"{min(given - {'--group-size', '--head'})} is for --method gptq")
     if method == "gptq" and "--calibration" not in given:
         raise BadInput("--method gptq needs --calibration FILE: a text like the model's own work")
 
