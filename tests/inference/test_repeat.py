@@ -52,6 +52,40 @@ def test_torchs_products_are_not_repeated(kernel_folder: Path) -> None:
     assert not engine.forward.repeats.steps
 
 
+def test_steps_that_are_too_large_to_keep_are_computed_by_the_model(
+    kernel_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(kernel_folder)
+    expected = answers(model)
+    one = Engine(model, options=EngineOptions(speculation="off"))
+    answer(one, one.add([1, 2], GREEDY))
+    sizes = {n: step.nbytes for (_, n, _), step in one.forward.repeats.steps.items()}  # type: ignore[union-attr]
+    monkeypatch.setattr(repeat, "MOST_BYTES", sizes[1])
+    engine = Engine(model, options=EngineOptions(speculation="off"))
+    requests = [engine.add(prompt_of(model, n, n), GREEDY) for n in (3, 70, 20)]
+    answer(engine, *requests)
+    assert [bits(request) for request in requests] == expected
+    assert engine.forward.repeats.most_tokens < 3  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_drafts_reach_the_end_of_the_context(kernel_folder: Path, depth: int) -> None:
+    """Where the context fills its last page, a draft has a page more."""
+    model = model_of(kernel_folder)
+    full = model.config.max_position_embeddings
+    prompt = prompt_of(model, full - 6, 1)
+    params = SamplingParams(temperature=0, max_tokens=None, logprobs=1, ignore_eos=True)
+    found = []
+    for speculation in ("off", "on"):
+        options = EngineOptions(speculation=speculation, draft_depth=depth, page_size=32)
+        engine = Engine(model, options=options)
+        request = engine.add(prompt, params)
+        answer(engine, request)
+        found.append(bits(request))
+        assert len(request.result().outputs[0].token_ids) == 6
+    assert found[0] == found[1]
+
+
 def test_what_is_kept_is_bounded(kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(kernel_folder)
     expected = answers(model)

@@ -32,6 +32,7 @@ class Repeats:
         """Begin anew: the addresses of weights have changed."""
         self.steps: OrderedDict[tuple[Part, int, int], Step] = OrderedDict()
         self.why_not: str | None = None
+        self.most_tokens = MOST_TOKENS
 
     def run(self, part: Part, batch: Batch, *rows: Tensor) -> Tensor | None:
         """Compute a part of the model over a batch; the result is valid until the next step.
@@ -39,7 +40,7 @@ class Repeats:
         None where the step is too large, or the part computes by more than kernels.
         """
         N = batch.tokens_BT.shape[1]
-        if N > MOST_TOKENS or self.why_not is not None:
+        if self.most_tokens < N or self.why_not is not None:
             return None
         key = (part, N, torch.get_num_threads())
         if (step := self.steps.get(key)) is not None:
@@ -47,13 +48,20 @@ class Repeats:
             step.load(batch, rows)
             return step.program.repeat()
         try:
-            step = self.steps[key] = Step(part, self, batch, rows)
+            step = Step(part, self, batch, rows)
         except Unrepeatable as error:
             self.why_not = str(error)
             return None
-        while len(self.steps) > 1 and sum(s.nbytes for s in self.steps.values()) > MOST_BYTES:
-            self.steps.popitem(last=False)
+        self._keep(key, step)
         return step.program.result
+
+    def _keep(self, key: tuple[Part, int, int], step: Step) -> None:
+        if step.nbytes > MOST_BYTES:  # of a large model, whose kernels are long
+            self.most_tokens = key[1] - 1
+            return
+        self.steps[key] = step
+        while sum(kept.nbytes for kept in self.steps.values()) > MOST_BYTES:
+            self.steps.popitem(last=False)
 
 
 class Step:
@@ -69,7 +77,8 @@ class Step:
             *torch.empty(2, N, c.qk_rope_head_dim // 2, dtype=self.model.precision.high)
         )
         self.slots_N, self.sequence_N, self.position_N = torch.empty(3, N, dtype=torch.int64)
-        n_pages = -(-c.max_position_embeddings // self.cache.page_size)
+        # A draft behind the last position may have a page of its own.
+        n_pages = -(-c.max_position_embeddings // self.cache.page_size) + 1
         self.tables = torch.zeros(N, n_pages, dtype=torch.int64)
         self.load(batch, rows)
         self.program = Program(repeats.library, lambda: part(self.turns, self, *self.rows))
