@@ -10,8 +10,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -92,6 +93,36 @@ template <class T> struct Plain {
         }
     }
 };
+
+#ifdef __AVX512F__
+
+// The same in FP32, several rows at a time: one sum alone waits for itself.
+template <> struct Plain<float> {
+    static void row(float* sums, const float* w, const float* const* x, int64_t C, int64_t n) {
+        int64_t c = 0;
+        for (; c + 6 <= C; c += 6) some<6>(sums + c, w, x + c, n);
+        for (; c < C; c++) some<1>(sums + c, w, x + c, n);
+    }
+    template <int C> static void some(float* sums, const float* w, const float* const* x, int64_t n) {
+        __m512 lane[C];
+        for (int c = 0; c < C; c++) lane[c] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < n; k += 16) {
+            __mmask16 there = n - k < 16 ? (1 << (n - k)) - 1 : 0xffff;
+            __m512 weight = _mm512_maskz_loadu_ps(there, w + k);
+            for (int c = 0; c < C; c++)
+                lane[c] = _mm512_fmadd_ps(weight, _mm512_maskz_loadu_ps(there, x[c] + k), lane[c]);
+        }
+        for (int c = 0; c < C; c++) {
+            __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(lane[c]),
+                                         _mm512_extractf32x8_ps(lane[c], 1));
+            __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+            __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            sums[c] = _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+        }
+    }
+};
+
+#endif
 
 #ifdef __AVX512BF16__
 
@@ -176,81 +207,110 @@ inline __m128 add_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
 
 constexpr int64_t AHEAD = 8192;  // bytes
 
+// What comes behind four rows is fetched from memory in the order of its addresses, while the four
+// are met at once: that is what a processor's own fetching ahead does best at. One visit fetches
+// all of it, `LINES` a chunk; of several each fetches its part into the larger cache.
+struct Next {
+    const char* from;
+    int64_t step;  // bytes a chunk
+};
+
 // sums[c * stride + r] of 4 rows of a weight, the first of them o, with C rows of x. Rows of the
 // weight beyond its last are the last one again.
-template <int64_t FORMAT, int C, bool FETCH>
-inline void four(float* sums, int64_t stride, const Weight& w, int64_t o, const bf16* const* x) {
+// Calls f with the constants 0 to N - 1: what it indexes by them stays in registers.
+template <class F, int... I>
+__attribute__((always_inline)) inline void each(F f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>()), ...);
+}
+template <int N, class F> __attribute__((always_inline)) inline void each(F f) {
+    each(f, std::make_integer_sequence<int, N>());
+}
+#define EACH(i) [&](auto i) __attribute__((always_inline))
+
+template <int64_t FORMAT, int C, bool ALONE>
+inline void four(float* sums, int64_t stride, const Weight& w, int64_t o, const bf16* const* x,
+                 Next next) {
     using F = Codes<FORMAT>;
     const uint8_t* rows[4];
     const float* scales[4];
-    // What comes behind these rows is fetched from memory in the order of its addresses, while four
-    // rows at once are met: that is what a processor's own fetching ahead does best at.
-    const char* next = (const char*)w.row(o) + 3 * w.row_bytes() + AHEAD;
-    for (int r = 0; r < 4; r++) {
-        int64_t row = std::min(o + r, w.rows - 1);
+    constexpr int LINES = ALONE ? 4 * F::BYTES / 64 : 2;
+    each<4>(EACH(r) {
+        int64_t row = std::min<int64_t>(o + r, w.rows - 1);
         rows[r] = w.row(row);
         scales[r] = FORMAT >= FP8 ? w.row_scales(row) : nullptr;
-    }
-    __m512 sum[4][C];
-    for (int r = 0; r < 4; r++)
-        for (int c = 0; c < C; c++) sum[r][c] = _mm512_setzero_ps();
+    });
+    __m512 sum[4 * C];
+    each<4 * C>(EACH(i) { sum[i] = _mm512_setzero_ps(); });
     int64_t n = w.columns, step = FORMAT >= FP8 ? w.group : n;
     for (int64_t start = 0; start < n; start += step) {
         int64_t end = std::min(n, start + step), k = start;
         typename F::Group at[4];
-        for (int r = 0; r < 4; r++) at[r] = F::group(FORMAT >= FP8 ? scales[r][start / step] : 1);
+        each<4>(EACH(r) { at[r] = F::group(FORMAT >= FP8 ? scales[r][start / step] : 1); });
         for (; k + CHUNK <= end; k += CHUNK) {
             __m512bh weight[4];
-            for (int r = 0; r < 4; r++)
-                weight[r] = F::chunk(rows[r] + k / CHUNK * F::BYTES, at[r]);
-            for (int i = 0; FETCH && i < 4 * F::BYTES / 64; i++, next += 64)
-                _mm_prefetch(next, C > 2 ? _MM_HINT_T1 : _MM_HINT_T0);
-            for (int c = 0; c < C; c++) {
+            each<4>(EACH(r) { weight[r] = F::chunk(rows[r] + k / CHUNK * F::BYTES, at[r]); });
+            each<LINES>(EACH(i) {
+                _mm_prefetch(next.from + 64 * i, _MM_HINT_T1);
+            });
+            next.from += next.step;
+            each<C>(EACH(c) {
                 __m512bh y = (__m512bh)_mm512_loadu_si512(x[c] + k);
-                for (int r = 0; r < 4; r++) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], weight[r], y);
-            }
+                each<4>(EACH(r) {
+                    sum[4 * c + r] = _mm512_dpbf16_ps(sum[4 * c + r], weight[r], y);
+                });
+            });
         }
         if (k < end) {  // the last numbers of a row, from copies with zeros behind them
-            alignas(64) uint8_t rest[4][F::BYTES] = {};
-            alignas(64) bf16 y[CHUNK] = {};
-            for (int r = 0; r < 4; r++)
-                std::memcpy(rest[r], rows[r] + k / CHUNK * F::BYTES, (end - k) * F::BYTES / CHUNK);
-            for (int c = 0; c < C; c++) {
-                std::memcpy(y, x[c] + k, (end - k) * sizeof(bf16));
-                for (int r = 0; r < 4; r++)
-                    sum[r][c] = _mm512_dpbf16_ps(sum[r][c], F::chunk(rest[r], at[r]),
-                                                 (__m512bh)_mm512_load_si512(y));
-            }
+            __m512bh weight[4];
+            each<4>(EACH(r) {
+                alignas(64) uint8_t rest[F::BYTES] = {};
+                std::memcpy(rest, rows[r] + k / CHUNK * F::BYTES, (end - k) * F::BYTES / CHUNK);
+                weight[r] = F::chunk(rest, at[r]);
+            });
+            __mmask32 there = (uint32_t(1) << (end - k)) - 1;
+            each<C>(EACH(c) {
+                __m512bh y = (__m512bh)_mm512_maskz_loadu_epi16(there, x[c] + k);
+                each<4>(EACH(r) {
+                    sum[4 * c + r] = _mm512_dpbf16_ps(sum[4 * c + r], weight[r], y);
+                });
+            });
         }
     }
-    for (int c = 0; c < C; c++)
-        _mm_storeu_ps(sums + c * stride, add_lanes(sum[0][c], sum[1][c], sum[2][c], sum[3][c]));
+    each<C>(EACH(c) {
+        __m512* four = sum + 4 * c;
+        _mm_storeu_ps(sums + c * stride, add_lanes(four[0], four[1], four[2], four[3]));
+    });
 }
 
 constexpr int64_t MOST = 6;  // rows of x whose sums fit in the registers beside 4 rows of a weight
 
-template <int64_t FORMAT, bool FETCH>
+template <int64_t FORMAT, bool ALONE>
 void some_rows(float* sums, int64_t stride, const Weight& w, int64_t o, const bf16* const* x,
-               int64_t count) {
+               int64_t count, Next next) {
     switch (count) {
-        case 1: return four<FORMAT, 1, FETCH>(sums, stride, w, o, x);
-        case 2: return four<FORMAT, 2, FETCH>(sums, stride, w, o, x);
-        case 3: return four<FORMAT, 3, FETCH>(sums, stride, w, o, x);
-        case 4: return four<FORMAT, 4, FETCH>(sums, stride, w, o, x);
-        case 5: return four<FORMAT, 5, FETCH>(sums, stride, w, o, x);
-        case 6: return four<FORMAT, 6, FETCH>(sums, stride, w, o, x);
+        case 1: return four<FORMAT, 1, ALONE>(sums, stride, w, o, x, next);
+        case 2: return four<FORMAT, 2, ALONE>(sums, stride, w, o, x, next);
+        case 3: return four<FORMAT, 3, ALONE>(sums, stride, w, o, x, next);
+        case 4: return four<FORMAT, 4, ALONE>(sums, stride, w, o, x, next);
+        case 5: return four<FORMAT, 5, ALONE>(sums, stride, w, o, x, next);
+        case 6: return four<FORMAT, 6, ALONE>(sums, stride, w, o, x, next);
     }
 }
 
-// Any number of rows, in visits as equal as can be. The first one fetches ahead for all.
+// Any number of rows, in visits as equal as can be. `behind` are the bytes that are met next.
 template <int64_t FORMAT>
 void four_rows(float* sums, int64_t stride, const Weight& w, int64_t o, const bf16* const* x,
-               int64_t count) {
-    int64_t visits = (count + MOST - 1) / MOST;
-    for (int64_t v = 0, c = 0, end; v < visits; v++, c = end) {
-        end = count * (v + 1) / visits;
-        auto some = v == 0 ? some_rows<FORMAT, true> : some_rows<FORMAT, false>;
-        some(sums + c * stride, stride, w, o, x + c, end - c);
+               int64_t count, const char* behind, int64_t bytes) {
+    behind += AHEAD - bytes / 4;
+    if (count <= MOST)
+        return some_rows<FORMAT, true>(sums, stride, w, o, x, count,
+                                       {behind, 4 * Codes<FORMAT>::BYTES});
+    int64_t visits = (count + MOST - 1) / MOST, size = count / visits, more = count % visits;
+    int64_t part = bytes / visits, step = part / std::max<int64_t>(1, w.columns / CHUNK);
+    for (int64_t v = 0, c = 0, some; v < visits; v++, c += some) {
+        some = size + (v < more);
+        some_rows<FORMAT, false>(sums + c * stride, stride, w, o, x + c, some,
+                                 {behind + part * v, step});
     }
 }
 
@@ -282,11 +342,14 @@ void decode_four(bf16* to, const Weight& w, int64_t o) {
 template <int64_t FORMAT>
 void four_decoded(float* sums, int64_t stride, const Weight& w, int64_t o, const bf16* const* x,
                   int64_t count, std::vector<uint8_t>& memory) {
-    if (FORMAT == BF16 || count < MANY<FORMAT>) return four_rows<FORMAT>(sums, stride, w, o, x, count);
+    int64_t bytes = 4 * w.row_bytes();
+    const char* behind = (const char*)w.row(o) + bytes;
+    if (FORMAT == BF16 || count < MANY<FORMAT>)
+        return four_rows<FORMAT>(sums, stride, w, o, x, count, behind, bytes);
     memory.resize(4 * w.columns * sizeof(bf16));
     decode_four<FORMAT>((bf16*)memory.data(), w, o);
     Weight plain{memory.data(), nullptr, BF16, 4, w.columns, w.columns, 1};
-    four_rows<BF16>(sums, stride, plain, 0, x, count);
+    four_rows<BF16>(sums, stride, plain, 0, x, count, behind, bytes);
 }
 
 inline void products(float* sums, int64_t stride, const Weight& w, int64_t o,
@@ -297,7 +360,7 @@ inline void products(float* sums, int64_t stride, const Weight& w, int64_t o,
         case FP8: return four_decoded<FP8>(sums, stride, w, o, x, count, memory);
         case INT8: return four_decoded<INT8>(sums, stride, w, o, x, count, memory);
         case INT4: return four_decoded<INT4>(sums, stride, w, o, x, count, memory);
-        default: return four_rows<BF16>(sums, stride, w, o, x, count);
+        default: return four_decoded<BF16>(sums, stride, w, o, x, count, memory);
     }
 }
 

@@ -4,6 +4,8 @@
 #include "dot.h"
 #include "repeat.h"
 
+#include <memory>
+
 namespace {
 
 using namespace dot;
@@ -27,7 +29,7 @@ template <class T> struct Rows {
 template <class T> struct Layer {
     std::vector<Rows<T>> rows;
     std::vector<std::pair<int64_t, int64_t>> ups, downs;  // pieces: entry of rows, first row
-    std::vector<T> hidden, out;
+    std::unique_ptr<T[]> hidden, out;  // not set to zero: they are large
 
     Layer(const Expert* experts, int64_t n_experts, int64_t n_shared, const T* u,
           const int64_t* chosen, const wide<T>* gates, int64_t N, int64_t D, int64_t K) {
@@ -56,11 +58,11 @@ template <class T> struct Layer {
             for (int64_t o = 0; o < rows[i].expert->gate.rows; o += DEAL) ups.push_back({i, o});
             for (int64_t o = 0; o < D; o += DEAL) downs.push_back({i, o});
         }
-        hidden.resize(size);
-        out.resize(N * (K + n_shared) * D);
+        hidden.reset(new T[size]);
+        out.reset(new T[N * (K + n_shared) * D]);
         for (Rows<T>& r : rows)
             for (size_t m = 0; m < r.x.size(); m++)
-                r.hidden.push_back(hidden.data() + r.at + int64_t(m) * r.expert->gate.rows);
+                r.hidden.push_back(hidden.get() + r.at + int64_t(m) * r.expert->gate.rows);
     }
 };
 
@@ -118,18 +120,18 @@ void mixture(const T* u, const int64_t* chosen, const wide<T>* gates, const Expe
             activate(layer.rows[layer.ups[i].first], layer.ups[i].second, sums, memory);
 #pragma omp for schedule(dynamic, downs)
         for (int64_t i = 0; i < n_downs; i++)
-            come_down(layer.rows[layer.downs[i].first], layer.downs[i].second, layer.out.data(), D,
+            come_down(layer.rows[layer.downs[i].first], layer.downs[i].second, layer.out.get(), D,
                       sums, memory);
         sums.resize(D);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++) {
             for (int64_t k = 0; k < K; k++) {
-                const T* row = layer.out.data() + (n * K + k) * D;
+                const T* row = layer.out.get() + (n * K + k) * D;
                 for (int64_t i = 0; i < D; i++)
                     sums[i] = k == 0 ? widen(row[i]) : sums[i] + widen(row[i]);
             }
             for (int64_t s = 0; s < n_shared; s++) {
-                const T* row = layer.out.data() + (N * K + s * N + n) * D;
+                const T* row = layer.out.get() + (N * K + s * N + n) * D;
                 for (int64_t i = 0; i < D; i++) sums[i] = rounded<T>(sums[i]) + widen(row[i]);
             }
             narrow_row(out + n * D, sums.data(), D);
