@@ -32,7 +32,7 @@ from ziphius.inference.llm import choose_kernels
 from ziphius.inference.params import SamplingParams
 from ziphius.inference.request import Request
 from ziphius.inference.vocabulary import Vocabulary
-from ziphius.kernels.select import has_compiler
+from ziphius.kernels.select import has_compiler, torch_products
 from ziphius.kernels.stored import Codes
 from ziphius.model.transformer import Transformer
 
@@ -201,6 +201,8 @@ class World:
                 self._store(weights)
             name = "torch" if self.kernel_folder is None else "compiled"
             kernels = choose_kernels(name, self.kernel_folder, exact=exact)
+            if not exact and self.kernel_folder is not None:
+                kernels = torch_products(self.kernel_folder)
             loaded = load_in_place(self.folder / weights, kernels, torch.float32)
             self._models[weights, exact] = loaded.model
         return self._models[weights, exact]

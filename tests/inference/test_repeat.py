@@ -12,7 +12,7 @@ from tests.support import random_model
 from ziphius.inference import repeat
 from ziphius.inference.engine import Engine, EngineOptions
 from ziphius.inference.params import SamplingParams
-from ziphius.kernels.select import answering_kernels, fast_kernels
+from ziphius.kernels.select import answering_kernels, torch_products
 from ziphius.model.precision import Precision
 from ziphius.model.transformer import Transformer
 
@@ -20,7 +20,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, logprobs=2)
 
 
 def model_of(kernel_folder: Path, *, exact: bool = True) -> Transformer:
-    kernels = (answering_kernels if exact else fast_kernels)(kernel_folder)
+    kernels = (answering_kernels if exact else torch_products)(kernel_folder)
     return random_model(precision=Precision.for_inference(torch.bfloat16), kernels=kernels)
 
 

@@ -50,7 +50,8 @@ FastMath = Annotated[
     bool,
     typer.Option(
         "--fast-math/--exact",
-        help="Faster for long prompts; last bits depend on what else is computed.",
+        help="Without a C++ compiler much faster, and last bits depend on what else is computed; "
+        "with one exact answers are the fastest.",
     ),
 ]
 KernelChoice = Annotated[

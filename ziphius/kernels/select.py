@@ -139,9 +139,15 @@ def answering_kernels(folder: Path | None) -> Kernels:
 
 
 def fast_kernels(folder: Path | None) -> Kernels:
-    """Choose torch's products, whose sums may depend on the batch, and compiled passes beside."""
-    if folder is None:
-        return Kernels()
+    """Choose what is fastest, whatever its sums depend on.
+
+    Compiled versions are, exact as they are; torch's own are all there is without ``folder``.
+    """
+    return Kernels() if folder is None else answering_kernels(folder)
+
+
+def torch_products(folder: Path) -> Kernels:
+    """Choose torch's products with compiled passes beside: what exact mode is compared with."""
     compiled = [op for op, (_, function) in OPERATIONS.items() if function is not None]
     chosen = {op: COMPILED for op in compiled if op not in ("linear", "mixture")}
     return Kernels(**chosen, library=build(folder))
