@@ -59,7 +59,7 @@ def test_the_table_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "100000"]) == 1
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(600)
 def test_no_mutant_survives() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "mutations.py")], capture_output=True, text=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
@@ -12,8 +13,9 @@ import torch
 
 from ziphius.kernels.cpu.library import Library
 from ziphius.kernels.cpu.program import Program, Unrepeatable
+from ziphius.kernels.mixture import Expert, Experts, mixture_compiled
 from ziphius.kernels.norm import rms_norm_compiled
-from ziphius.kernels.project import project_compiled
+from ziphius.kernels.project import project_compiled, project_heads_compiled
 from ziphius.kernels.rows import join_compiled, residual_compiled, widen_compiled
 
 
@@ -118,3 +120,28 @@ print(len(program), "torch._dynamo" in sys.modules)
     command = [sys.executable, "-c", code, str(kernel_folder)]
     said = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
     assert said.split() == ["1", "False"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "heads", "experts"])
+def test_weights_outlive_their_owner(library: Library, kind: str) -> None:
+    """A program holds addresses: another engine may give the model new weights meanwhile."""
+    x_ND, weights = torch.randn(2, 32), torch.randn(2, 32, 32)
+    chosen_NK, gates_NK = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+    out_NHD = torch.empty(2, 2, 32)
+
+    def run() -> torch.Tensor:
+        if kind == "plain":
+            return project_compiled(library, x_ND, weights[0])
+        if kind == "heads":
+            x_NHD = x_ND.unsqueeze(1).expand(-1, 2, -1)
+            project_heads_compiled(library, x_NHD, weights, out_NHD)
+            return out_NHD
+        experts = Experts([Expert(weights[0], weights[1], weights[0])], [])
+        return mixture_compiled(library, x_ND, chosen_NK, gates_NK, experts)
+
+    program = Program(library, run)
+    expected, memory = program.result.clone(), weights.untyped_storage()._weak_ref()
+    del run, weights
+    gc.collect()
+    assert not torch.UntypedStorage._expired(memory)
+    assert torch.equal(program.repeat(), expected)

@@ -79,6 +79,7 @@ class Rejection:
         self, logits_V: Row, output: Sequence[int], allowed_V: Mask | None, draft: int | None
     ) -> Sampled:
         if draft is None:
+            self._drawn.pop(len(output), None)  # of a draft that found no place in a step
             return self.sampler.choose(logits_V, output, allowed_V=allowed_V)
         p_V = self.sampler.distribution(logits_V, output, allowed_V=allowed_V)
         q_V = self._drawn.pop(len(output))

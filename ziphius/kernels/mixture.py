@@ -94,7 +94,8 @@ def mixture_compiled(
     gates_NK = gates_NK.to(high).contiguous()
     out_ND = torch.empty_like(u_ND)
     sizes = (*u_ND.shape, chosen_NK.shape[1], experts.count, len(experts.shared))
-    library.call("mixture", u_ND.dtype, u_ND, chosen_NK, gates_NK, experts.table, out_ND, *sizes)
+    rows = (u_ND, chosen_NK, gates_NK, experts.table, out_ND)
+    library.call("mixture", u_ND.dtype, *rows, *sizes, behind=experts)
     return out_ND
 
 

@@ -37,7 +37,8 @@ def project_compiled(library: Library, x_NI: Tensor, weight: Weight) -> Tensor:
     out_NO = x_NI.new_empty(rows, outer)
     words = (*describe(weight), 1, 0, x_NI.data_ptr(), x_NI.stride(0), 0)
     words = (*words, out_NO.data_ptr(), outer, 0, 0)
-    library.call("project", x_NI.dtype, (ctypes.c_int64 * len(words))(*words), 1, rows)
+    parts, behind = (ctypes.c_int64 * len(words))(*words), (x_NI, weight, out_NO)
+    library.call("project", x_NI.dtype, parts, 1, rows, behind=behind)
     return out_NO
 
 
@@ -55,4 +56,5 @@ def project_heads_compiled(
         *(x_NHI.data_ptr(), x_NHI.stride(0), x_NHI.stride(1)),
         *(out.data_ptr(), out.stride(0), out.stride(1), 0),
     )
-    library.call("project", x_NHI.dtype, (ctypes.c_int64 * len(words))(*words), 1, len(x_NHI))
+    parts, behind = (ctypes.c_int64 * len(words))(*words), (x_NHI, weight_HOI, out)
+    library.call("project", x_NHI.dtype, parts, 1, len(x_NHI), behind=behind)

@@ -78,16 +78,17 @@ class Library:
             self._functions[name].restype = None
         self.handle = handle
 
-    def call(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
+    def call(self, name: str, dtype: torch.dtype, *arguments: Any, behind: Any = None) -> None:
         """Call a function for elements of ``dtype`` on torch's number of threads.
 
-        Tensors are given by their memory: layout and size are the caller's business.
+        Tensors are given by their memory: layout and size are the caller's business. ``behind`` are
+        the owners of memory that arguments only have addresses of.
         """
         given = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
         given = [TYPES[dtype], *given, torch.get_num_threads()]
         self._functions[name](*given)
         if (calls := getattr(self._recorded, "calls", None)) is not None:
-            calls.append(Call(name, given, arguments))
+            calls.append(Call(name, given, (arguments, behind)))
 
     @contextmanager
     def recording(self) -> Iterator[list[Call]]:
