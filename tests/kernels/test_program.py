@@ -125,11 +125,12 @@ print(len(program), "torch._dynamo" in sys.modules)
 @pytest.mark.parametrize("kind", ["plain", "heads", "experts"])
 def test_weights_outlive_their_owner(library: Library, kind: str) -> None:
     """A program holds addresses: another engine may give the model new weights meanwhile."""
-    x_ND, weights = torch.randn(2, 32), torch.randn(2, 32, 32)
+    x_ND, owner = torch.randn(2, 32), [torch.randn(2, 32, 32)]
     chosen_NK, gates_NK = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
     out_NHD = torch.empty(2, 2, 32)
 
     def run() -> torch.Tensor:
+        weights = owner[0]
         if kind == "plain":
             return project_compiled(library, x_ND, weights[0])
         if kind == "heads":
@@ -140,8 +141,8 @@ def test_weights_outlive_their_owner(library: Library, kind: str) -> None:
         return mixture_compiled(library, x_ND, chosen_NK, gates_NK, experts)
 
     program = Program(library, run)
-    expected, memory = program.result.clone(), weights.untyped_storage()._weak_ref()
-    del run, weights
+    expected, memory = program.result.clone(), owner[0].untyped_storage()._weak_ref()
+    owner.clear()
     gc.collect()
     assert not torch.UntypedStorage._expired(memory)
     assert torch.equal(program.repeat(), expected)
