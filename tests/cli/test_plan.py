@@ -81,6 +81,7 @@ def test_sizes_are_read_as_they_are_written() -> None:
     sizes = {"12": 12, "1.5kB": 1500, "2 KiB": 2048, "3m": 3 * 2**20, "4GiB": 2**32, "1tb": 10**12}
     for text, size in sizes.items():
         assert read_size("--memory", text) == size
+    assert read_size("--memory", "9" * 400 + "B") == int("9" * 400)
     for text in ("", "GiB", "-1", "1e3", "4 GiBs", "0x10"):
         with pytest.raises(BadInput, match="--memory"):
             read_size("--memory", text)

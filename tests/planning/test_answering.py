@@ -194,3 +194,9 @@ def test_bad_input(folders: Path, tmp_path: Path) -> None:
         LLM.plan(folders / "bf16", dtype="int3")
     with pytest.raises(BadInput, match="memory limit"):
         LLM.plan(folders / "bf16", memory_bytes=-1)
+    for option, value in (
+        ("kernels", "cuda"), ("expert_bytes", "all"), ("speculation", "no"), ("verification", "no"),
+        ("draft_depth", 0),
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match=str(value)):
+            LLM.plan(folders / "bf16", **{option: value})

@@ -112,8 +112,8 @@ def raw_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """Read ``folder/config.json`` in either spelling.
+def read_config(folder: Path, *, mtp: bool = True) -> ModelConfig:
+    """Read ``folder/config.json`` in either spelling; without ``mtp`` as if it had no module.
 
     Raises BadInput for a file that is missing or no JSON, for a missing key, and for every value
     that describes another network than this one; the message names file, key, value and choices.
@@ -143,7 +143,7 @@ def read_config(folder: Path) -> ModelConfig:
     if heads is not None and heads != config.num_attention_heads:
         _refuse(where, "num_key_value_heads", heads, f"{config.num_attention_heads}, as many as"
                 " num_attention_heads")  # fmt: skip
-    return config
+    return config if mtp else config.model_copy(update={"num_nextn_predict_layers": 0})
 
 
 def stored_form(

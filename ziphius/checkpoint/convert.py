@@ -53,9 +53,7 @@ def convert(
     folder, target = checkpoint_folder(Path(source)), Path(target)
     if target.is_dir() and any(target.iterdir()):
         raise BadInput(f"{target}: is not empty: remove it or name another target")
-    raw, config = raw_config(folder), read_config(folder)
-    if not mtp:
-        config = config.model_copy(update={"num_nextn_predict_layers": 0})
+    raw, config = raw_config(folder), read_config(folder, mtp=mtp)
     check_vocabulary(folder, config)
     with ShardReader(folder) as reader, replace_directory(target) as writing:
         check_manifest(folder, only=reader.files())

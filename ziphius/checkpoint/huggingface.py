@@ -63,9 +63,7 @@ def load(
     and damaged files.
     """
     folder = checkpoint_folder(Path(path))
-    raw, config = raw_config(folder), read_config(folder)
-    if not mtp:
-        config = config.model_copy(update={"num_nextn_predict_layers": 0})
+    raw, config = raw_config(folder), read_config(folder, mtp=mtp)
     check_vocabulary(folder, config)
     precision = Precision.for_inference(as_dtype(dtype) if dtype else stored_dtype(raw))
     with ShardReader(folder) as reader:

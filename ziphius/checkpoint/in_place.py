@@ -70,9 +70,7 @@ def load_in_place(
     Raises BadInput as ``load`` does.
     """
     folder = checkpoint_folder(Path(path))
-    raw, config = raw_config(folder), read_config(folder)
-    if not mtp:
-        config = config.model_copy(update={"num_nextn_predict_layers": 0})
+    raw, config = raw_config(folder), read_config(folder, mtp=mtp)
     check_vocabulary(folder, config)
     chosen = as_dtype(dtype) if dtype else stored_dtype(raw)
     precision = Precision.for_inference(chosen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from decimal import Decimal
+from fractions import Fraction
 from types import MappingProxyType
 
 _UNITS: Mapping[str, int] = MappingProxyType(
@@ -24,4 +24,4 @@ def read_size(option: str, text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if found is None or found[2].upper() not in _UNITS:
         raise BadInput(f"{option} {text}: no size: write bytes, or 500MB, 12GiB and the like")
-    return int(Decimal(found[1]) * _UNITS[found[2].upper()])
+    return int(Fraction(found[1]) * _UNITS[found[2].upper()])

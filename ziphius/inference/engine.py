@@ -49,6 +49,10 @@ class EngineOptions:
     draft_depth: int = 1
     verification: Verification = "coupled"
 
+    def __post_init__(self) -> None:
+        Pace(self.speculation, self.draft_depth)
+        verifier(self.verification)
+
 
 class Engine:
     """Answers many requests at once with one model, on the thread that calls it.

@@ -75,9 +75,7 @@ class Calibration:
 
     def __init__(self, source: str | Path, text: Path, how: Gptq, *, mtp: bool = True) -> None:
         folder = checkpoint_folder(Path(source))
-        config = read_config(folder)
-        if not mtp:
-            config = config.model_copy(update={"num_nextn_predict_layers": 0})
+        config = read_config(folder, mtp=mtp)
         self.how = how
         self.bits, self.group_size = how.bits, how.group_size
         self._sha256, ids = _read_text(folder, text, config.bos_token_id, how.tokens)

@@ -40,11 +40,15 @@ def choose_kernels(
     ``folder`` keeps the compiled ones, by default the user's cache. Raises BadInput for another
     name, and for ``compiled`` where there is no compiler.
     """
-    if name not in ("auto", "compiled", "torch"):
-        raise BadInput(f"kernels = '{name}': use auto, compiled or torch")
+    _require_known(name)
     compiled = name == "compiled" or (name == "auto" and has_compiler())
     choose = answering_kernels if exact else fast_kernels
     return choose(Path(folder or "~/.cache/ziphius").expanduser() if compiled else None)
+
+
+def _require_known(kernels: str) -> None:
+    if kernels not in ("auto", "compiled", "torch"):
+        raise BadInput(f"kernels = '{kernels}': use auto, compiled or torch")
 
 
 class LLM:
@@ -75,7 +79,8 @@ class LLM:
         checked = _engine_options(options, exact=not fast_math)
         folder = checkpoint_folder(Path(path))
         chosen = choose_kernels(kernels, kernel_cache, exact=not fast_math)
-        if expert_bytes == "auto":
+        if isinstance(expert_bytes, str):
+            _require_auto(expert_bytes)
             expert_bytes = _plan(folder, checked, dtype=dtype, mtp=mtp, expert_bytes=0).expert_room
         loaded = load_in_place(
             folder, chosen, dtype, mtp=mtp, verify=verify, expert_bytes=expert_bytes
@@ -105,9 +110,11 @@ class LLM:
         may take, by default what is free here. ``kernels`` and their folder change nothing.
         Raises BadInput as ``LLM`` does.
         """
+        _require_known(kernels)
         checked = _engine_options(options, exact=not fast_math)
         how: dict[str, Any] = {"dtype": dtype, "mtp": mtp, "memory_bytes": memory_bytes}
-        if expert_bytes == "auto":
+        if isinstance(expert_bytes, str):
+            _require_auto(expert_bytes)
             expert_bytes = _plan(path, checked, expert_bytes=0, **how).expert_room
         return _plan(path, checked, verify=verify, expert_bytes=expert_bytes, **how)
 
@@ -298,6 +305,11 @@ class LLM:
                 self.engine.cancel(request)
             raise
         return [request.result() for request in requests]
+
+
+def _require_auto(expert_bytes: str) -> None:
+    if expert_bytes != "auto":
+        raise BadInput(f"expert_bytes = '{expert_bytes}': use a number of bytes, or auto")
 
 
 def _engine_options(options: Mapping[str, Any], *, exact: bool) -> EngineOptions:

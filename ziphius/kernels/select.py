@@ -121,9 +121,7 @@ def compiled_kernels(folder: Path, products: str = "native") -> Kernels:
 
     ``products`` is the version of ``linear``. Raises BadInput where there is no compiler.
     """
-    compiled = [op for op, (_, function) in OPERATIONS.items() if function is not None]
-    chosen = {op: COMPILED for op in compiled if op not in ANSWERING}
-    return Kernels(**chosen, linear=products, library=build(folder))
+    return Kernels(**_compiled_but(ANSWERING), linear=products, library=build(folder))
 
 
 def answering_kernels(folder: Path | None) -> Kernels:
@@ -134,8 +132,7 @@ def answering_kernels(folder: Path | None) -> Kernels:
     """
     if folder is None:
         return Kernels(mixture="reference")
-    compiled = {op: COMPILED for op, (_, function) in OPERATIONS.items() if function is not None}
-    return Kernels(**compiled, library=build(folder))
+    return Kernels(**_compiled_but(frozenset()), library=build(folder))
 
 
 def fast_kernels(folder: Path | None) -> Kernels:
@@ -148,9 +145,12 @@ def fast_kernels(folder: Path | None) -> Kernels:
 
 def torch_products(folder: Path) -> Kernels:
     """Choose torch's products with compiled passes beside: what exact mode is compared with."""
-    compiled = [op for op, (_, function) in OPERATIONS.items() if function is not None]
-    chosen = {op: COMPILED for op in compiled if op not in ("linear", "mixture")}
-    return Kernels(**chosen, library=build(folder))
+    return Kernels(**_compiled_but(frozenset({"linear", "mixture"})), library=build(folder))
+
+
+def _compiled_but(left: frozenset[str]) -> dict[str, Any]:
+    compiled = (op for op, (_, function) in OPERATIONS.items() if function is not None)
+    return {op: COMPILED for op in compiled if op not in left}
 
 
 def has_compiler() -> bool:

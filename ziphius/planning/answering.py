@@ -201,10 +201,8 @@ def plan_answering(
     """
     stored = memory.plan(path, memory_bytes=memory_bytes, mtp=mtp)
     folder = checkpoint_folder(Path(path))
-    raw, config = raw_config(folder), read_config(folder)
+    raw, config = raw_config(folder), read_config(folder, mtp=mtp)
     chosen = as_dtype(dtype) if dtype else stored_dtype(raw)
-    if not mtp:
-        config = config.model_copy(update={"num_nextn_predict_layers": 0})
     lazy = expert_bytes is not None
     held = _Held(folder, config, chosen, lazy=lazy)
     weights = held.items()

@@ -97,10 +97,8 @@ def plan(
         raise BadInput(f"read bandwidth = {read_bandwidth}: use more than 0 bytes a second")
     dtype = None if weights == STORED else as_dtype(weights)
     folder = checkpoint_folder(Path(path))
-    config = read_config(folder)
+    config = read_config(folder, mtp=mtp)
     stored_form(raw_config(folder))
-    if not mtp:
-        config = config.model_copy(update={"num_nextn_predict_layers": 0})
     items, read = _weigh(folder, config, dtype, skip_mtp=not mtp)
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     width = config.kv_lora_rank + config.qk_rope_head_dim
