@@ -17,6 +17,8 @@ from ziphius.checkpoint.convert import convert
 from ziphius.checkpoint.shards import ShardReader
 from ziphius.config.errors import BadInput
 from ziphius.inference.llm import LLM
+from ziphius.inference.params import SamplingParams
+from ziphius.inference.repeat import MOST_BYTES
 from ziphius.model.precision import Precision
 from ziphius.planning.memory import EMBEDDING, MTP, ROUTED
 
@@ -200,3 +202,20 @@ def test_bad_input(folders: Path, tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(BadInput, match=str(value)):
             LLM.plan(folders / "bf16", **{option: value})
+
+
+def test_steps_that_are_kept_are_no_larger_than_planned(folders: Path, kernel_folder: Path) -> None:
+    how: dict[str, Any] = {"cache_tokens": 1024, "max_running": 6, "speculation": "on"}
+    plan = LLM.plan(folders / "bf16", **how)
+    llm = LLM(folders / "bf16", kernels="compiled", kernel_cache=kernel_folder, **how)
+    lengths = [[1] * (2 + n) for n in range(6)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=3 + 4 * n, ignore_eos=True) for n in range(6)
+    ]
+    llm.generate(lengths, params)
+    repeats = llm.engine.forward.repeats
+    assert repeats is not None
+    programs = [step.program.nbytes for step in repeats.steps.values()]
+    assert len(programs) > 6
+    assert sum(programs) <= plan.kept <= MOST_BYTES
+    assert LLM.plan(folders / "bf16", expert_bytes=0, **how).kept == 0

@@ -21,6 +21,7 @@ from ziphius.inference.chat import ChatTemplate, Message, read_chat_template
 from ziphius.inference.engine import Engine, EngineOptions
 from ziphius.inference.outputs import Delta, RequestOutput
 from ziphius.inference.params import SamplingParams
+from ziphius.inference.repeat import MOST_BYTES, MOST_TOKENS
 from ziphius.inference.request import Request
 from ziphius.inference.sequence import QueueFull
 from ziphius.inference.twin import share, twin
@@ -327,6 +328,8 @@ def _plan(path: str | os.PathLike[str], options: EngineOptions, **how: Any) -> A
         cache_tokens=-(-options.cache_tokens // options.page_size) * options.page_size,
         step_tokens=max(options.max_step_tokens, options.max_running),
         rows=options.max_running * (1 + drafts),
+        kept_bytes=MOST_BYTES,
+        kept_tokens=MOST_TOKENS,
     )
     return plan_answering(Path(path), work, **how)
 

@@ -49,6 +49,8 @@ class Work:
     cache_tokens: int
     step_tokens: int
     rows: int  # that choose a token in a step, drafts included
+    kept_bytes: int = 0  # at most, of small steps that are kept to be repeated
+    kept_tokens: int = 0  # of the largest of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,8 @@ class AnsweringPlan:
     ``weights`` has a place for each of ``ITEMS``; of lazy experts it has what is kept of them, and
     ``routed_bytes`` what all would take. ``absorbed`` is what attention over the latent cache
     derives from ``kv_b_proj``, ``blocks`` the unused ends of memory blocks, ``working`` an upper
-    estimate of what a step or loading takes besides. ``free`` is None where nobody says.
+    estimate of what a step or loading takes besides, ``kept`` one of the results of small steps
+    that are kept to be repeated. ``free`` is None where nobody says.
     """
 
     path: Path
@@ -74,6 +77,7 @@ class AnsweringPlan:
     cache_token_bytes: int
     cache_tokens: int
     working: int
+    kept: int
     free: Free | None
     read_bytes: int
     tensors: int
@@ -93,7 +97,8 @@ class AnsweringPlan:
     @property
     def fixed_bytes(self) -> int:
         """Bytes of everything but the cache."""
-        return self.weight_bytes + self.blocks + self.absorbed + self.rotary + self.working
+        derived = self.absorbed + self.rotary
+        return self.weight_bytes + self.blocks + derived + self.working + self.kept
 
     @property
     def total_bytes(self) -> int:
@@ -157,6 +162,8 @@ class AnsweringPlan:
         tokens = f"{self.cache_tokens:,} tokens of {self.cache_token_bytes:,} B"
         yield Row("latent cache", shown(self.cache_bytes), tokens)
         yield Row("working memory", shown(self.working), "at most, by estimate")
+        if self.kept:
+            yield Row("repeated steps", shown(self.kept), "at most, by estimate")
         yield Row("together", shown(self.total_bytes), self._verdict())
         if self.free is not None:
             yield Row("memory", shown(self.free.bytes), self.free.basis)
@@ -229,6 +236,7 @@ def plan_answering(
         * chosen.itemsize,
         cache_tokens=work.cache_tokens,
         working=max(_step_bytes(config, chosen, work), 2 * held.largest),
+        kept=0 if lazy else _kept_bytes(config, chosen, work) * layers,
         free=free,
         read_bytes=stored.read_bytes,
         tensors=held.tensors,
@@ -303,3 +311,17 @@ def _step_bytes(c: ModelConfig, dtype: torch.dtype, work: Work) -> int:
     high = torch.promote_types(dtype, torch.float32).itemsize
     logits = work.rows * c.vocab_size * (dtype.itemsize + 2 * high)
     return work.step_tokens * (4 * D + max(attention, dense, mixture)) * dtype.itemsize + logits
+
+
+def _kept_bytes(c: ModelConfig, dtype: torch.dtype, work: Work) -> int:
+    """Estimate a layer's part of the steps of all small sizes (``inference/repeat.py``)."""
+    H, D, latent = c.num_attention_heads, c.hidden_size, c.kv_lora_rank
+    heads = H * (2 * latent + c.qk_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    attention = 2 * (c.q_lora_rank or 0) + latent + c.qk_rope_head_dim + heads
+    high = torch.promote_types(dtype, torch.float32).itemsize
+    mixture = (D + 2 * c.n_routed_experts) * high + c.num_experts_per_tok * (8 + high)
+    dense = 3 * c.intermediate_size * dtype.itemsize
+    token = (7 * D + attention) * dtype.itemsize + max(mixture, dense)
+    layers = c.num_hidden_layers + c.num_nextn_predict_layers
+    sizes = work.kept_tokens * (work.kept_tokens + 1) // 2
+    return min(work.kept_bytes // layers, token * sizes)
