@@ -1,4 +1,4 @@
-"""Draws the newest recorded result of ``decode_vs_peers.py`` for the README."""
+"""Draws the newest recorded result of ``benchmarks/decode_vs_peers.py`` for the README."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from support import RESULTS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-TARGET = Path(__file__).parent.parent / "docs" / "images" / "answering.png"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TARGET = ROOT / "docs" / "images" / "answering.png"
 PANELS = {
     "decode_1": "one request",
     "decode_16": "16 requests at once",
