@@ -14,7 +14,8 @@ from tests.checkpoint.published import assert_same, refused, weights
 from tests.support import random_model
 from ziphius.checkpoint import shards
 from ziphius.checkpoint.files import replace_directory
-from ziphius.checkpoint.huggingface import checkpoint_folder, load, save, write_model
+from ziphius.checkpoint.folder import checkpoint_folder
+from ziphius.checkpoint.huggingface import load, save, write_model
 from ziphius.checkpoint.state import write_state
 from ziphius.config.errors import BadInput
 

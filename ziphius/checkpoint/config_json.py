@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 import torch
 
 from ziphius.checkpoint.compressed import METHOD, Packed, read_packed_config
+from ziphius.checkpoint.folder import CONFIG_FILE
 from ziphius.checkpoint.fp8 import BLOCK
 from ziphius.config.errors import BadInput
 from ziphius.config.model import ModelConfig, Yarn
 from ziphius.config.table import build
 
-CONFIG_FILE = "config.json"
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ziphius.checkpoint.config_json import CONFIG_FILE, raw_config, read_config, stored_form
+from ziphius.checkpoint.config_json import raw_config, read_config, stored_form
 from ziphius.checkpoint.files import check_manifest, is_weight_file, replace_directory
+from ziphius.checkpoint.folder import CONFIG_FILE, checkpoint_folder
 from ziphius.checkpoint.forms import RECORD, Form, Quantizer, form_of
 from ziphius.checkpoint.huggingface import (
     WeightReader,
     check_vocabulary,
-    checkpoint_folder,
     write_json,
 )
 from ziphius.checkpoint.keys import Comparison, layer_of

@@ -19,14 +19,14 @@ from ziphius.checkpoint.compressed import (
     require_layout,
 )
 from ziphius.checkpoint.config_json import (
-    CONFIG_FILE,
     config_json,
     raw_config,
     read_config,
     stored_dtype,
     stored_form,
 )
-from ziphius.checkpoint.files import check_manifest, recover_directory, replace_directory
+from ziphius.checkpoint.files import check_manifest, replace_directory
+from ziphius.checkpoint.folder import CONFIG_FILE, TOKENIZER_FILE, checkpoint_folder
 from ziphius.checkpoint.fp8 import SCALE_SUFFIX, dequantize_blocks, is_quantized
 from ziphius.checkpoint.shards import MAX_SHARD_BYTES, ShardReader, write_shards
 from ziphius.config.errors import BadInput
@@ -37,9 +37,6 @@ from ziphius.kernels.select import Kernels
 from ziphius.model.precision import DTYPES, Precision
 from ziphius.model.transformer import Transformer
 from ziphius.model.weights import ROUTING_BIAS, named_weights
-
-TOKENIZER_FILE = "tokenizer.json"
-STEP_PREFIX = "step-"
 
 
 def load(
@@ -247,31 +244,6 @@ class WeightReader:
                     f"{self.reader.folder}: {copy} differs from {original}, which it should copy: "
                     "load without MTP (--without-mtp, or load(..., mtp=False))"
                 )
-
-
-def checkpoint_folder(path: Path) -> Path:
-    """Return the Hugging Face folder that ``path`` means: itself, a run's final checkpoint, or the
-    newest one of a run that has not ended.
-    """
-    for folder in (path, path / "checkpoint", *stage_checkpoints(path / "stages" / "pretrain")):
-        recover_directory(folder)
-        if (folder / CONFIG_FILE).is_file():
-            return folder
-    if not path.is_dir():
-        raise BadInput(f"{path}: no such folder: give a Hugging Face folder or a run folder")
-    raise BadInput(f"{path}: no {CONFIG_FILE} there or in its checkpoint/: not a checkpoint")
-
-
-def stage_checkpoints(stage: Path) -> list[Path]:
-    """List the checkpoints of a stage of a run, ``step-N``, the newest first."""
-    if not stage.is_dir():
-        return []
-    numbered = [
-        (int(path.name.removeprefix(STEP_PREFIX)), path)
-        for path in stage.iterdir()
-        if path.name.removeprefix(STEP_PREFIX).isdecimal() and path.name.startswith(STEP_PREFIX)
-    ]
-    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -15,12 +15,12 @@ from ziphius.checkpoint.arena import Arena
 from ziphius.checkpoint.compressed import Packed
 from ziphius.checkpoint.config_json import raw_config, read_config, stored_dtype, stored_form
 from ziphius.checkpoint.files import check_manifest
+from ziphius.checkpoint.folder import checkpoint_folder
 from ziphius.checkpoint.huggingface import (
     Fp8Weight,
     WeightReader,
     as_dtype,
     check_vocabulary,
-    checkpoint_folder,
 )
 from ziphius.checkpoint.shards import ShardReader
 from ziphius.kernels.mixture import Expert, Experts

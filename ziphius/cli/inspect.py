@@ -49,7 +49,7 @@ def inspect(
 
 def _read_config(target: str, overrides: list[str] | None) -> ModelConfig:
     from ziphius.checkpoint.config_json import read_config
-    from ziphius.checkpoint.huggingface import checkpoint_folder
+    from ziphius.checkpoint.folder import checkpoint_folder
     from ziphius.config.errors import BadInput
     from ziphius.config.recipe import load_recipe
 

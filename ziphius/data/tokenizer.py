@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tokenizers.trainers import BpeTrainer
 
 from ziphius.checkpoint.files import write_atomic
+from ziphius.checkpoint.folder import TOKENIZER_FILE
 from ziphius.config.errors import BadInput
 
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
@@ -38,7 +39,6 @@ SPECIAL_TOKENS = (
 )
 CONTROL = frozenset({BOS, EOS, PAD, EOT})
 
-TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 
 PUNCTUATION = r" ?[\p{P}\p{S}]+"

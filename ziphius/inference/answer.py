@@ -83,6 +83,7 @@ class Answer:
             self.logprobs.append(scored)
             self.delta.logprobs.append(scored)
         self._show(self.text.push(token))
+        self.delta.offsets.append(self.text.offsets[-1])
         if self.text.finish is None and self.matcher is not None:
             self.matcher.advance(token)
             if self.matcher.must_end:
@@ -127,6 +128,7 @@ class Answer:
             index=self.index,
             text="".join(self.shown),
             token_ids=tuple(self.output),
+            offsets=tuple(self.text.offsets),
             logprobs=tuple(self.logprobs) if asked else None,
             cumulative_logprob=sum(s.logprob for s in self.logprobs) if asked else None,
             finish_reason=self.finish_reason,

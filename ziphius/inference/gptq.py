@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ziphius.checkpoint.config_json import raw_config, read_config, stored_form
-from ziphius.checkpoint.huggingface import TOKENIZER_FILE, WeightReader, checkpoint_folder
+from ziphius.checkpoint.folder import TOKENIZER_FILE, checkpoint_folder
+from ziphius.checkpoint.huggingface import WeightReader
 from ziphius.checkpoint.keys import layer_of
 from ziphius.checkpoint.shards import ShardReader
 from ziphius.config.errors import BadInput

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from tokenizers import Tokenizer
 
-from ziphius.checkpoint.huggingface import TOKENIZER_FILE, checkpoint_folder
+from ziphius.checkpoint.folder import TOKENIZER_FILE, checkpoint_folder
 from ziphius.checkpoint.in_place import Loaded, load_in_place
 from ziphius.config.errors import BadInput
 from ziphius.config.table import nearest

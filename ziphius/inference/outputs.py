@@ -11,6 +11,7 @@ from ziphius.inference.logprobs import Scored
 class CompletionOutput:
     """One answer. ``logprobs`` has an entry a token where the request asked for it.
 
+    ``offsets`` are the characters of ``text`` at which each token's own text begins.
     ``finish_reason`` is None while the answer goes on, ``stop``, ``length``, ``abort`` for a
     cancelled request, or ``error``, which ``error`` then tells in one line. ``stop_reason`` is the
     stop string or the id of ``stop_token_ids`` that ended it.
@@ -19,6 +20,7 @@ class CompletionOutput:
     index: int
     text: str
     token_ids: tuple[int, ...]
+    offsets: tuple[int, ...] = ()
     logprobs: tuple[Scored, ...] | None = None
     cumulative_logprob: float | None = None
     finish_reason: str | None = None
@@ -47,11 +49,16 @@ class RequestOutput:
 
 @dataclass
 class Delta:
-    """What one step has added to one answer: text that can be shown, tokens, log-probabilities."""
+    """What one step has added to one answer: text that can be shown, tokens, log-probabilities.
+
+    ``offsets[i]`` is the character of the whole text at which ``token_ids[i]``'s begins. Text may
+    come later than its token; offsets beyond the end of the text mean that end.
+    """
 
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     logprobs: list[Scored] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -61,6 +68,7 @@ class Delta:
         """Take in what a later step has added."""
         self.text += later.text
         self.token_ids += later.token_ids
+        self.offsets += later.offsets
         self.logprobs += later.logprobs
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
         self.error = later.error

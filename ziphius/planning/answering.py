@@ -18,8 +18,9 @@ from ziphius.checkpoint.arena import block_bytes
 from ziphius.checkpoint.compressed import is_packed
 from ziphius.checkpoint.config_json import raw_config, read_config, stored_dtype, stored_form
 from ziphius.checkpoint.files import MANIFEST
+from ziphius.checkpoint.folder import checkpoint_folder
 from ziphius.checkpoint.fp8 import is_quantized
-from ziphius.checkpoint.huggingface import as_dtype, checkpoint_folder
+from ziphius.checkpoint.huggingface import as_dtype
 from ziphius.checkpoint.in_place import held_bytes, product_group
 from ziphius.checkpoint.shards import ShardReader
 from ziphius.config.errors import BadInput

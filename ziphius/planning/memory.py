@@ -13,8 +13,9 @@ import torch
 from ziphius.checkpoint import keys
 from ziphius.checkpoint.compressed import packed_parts
 from ziphius.checkpoint.config_json import raw_config, read_config, stored_form
+from ziphius.checkpoint.folder import checkpoint_folder
 from ziphius.checkpoint.fp8 import SCALE_SUFFIX
-from ziphius.checkpoint.huggingface import as_dtype, checkpoint_folder, stored_as
+from ziphius.checkpoint.huggingface import as_dtype, stored_as
 from ziphius.checkpoint.shards import ShardReader
 from ziphius.config.errors import BadInput
 from ziphius.config.model import ModelConfig

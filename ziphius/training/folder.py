@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from ziphius.checkpoint.config_json import CONFIG_FILE
 from ziphius.checkpoint.files import (
     MANIFEST,
     is_weight_file,
@@ -29,7 +28,7 @@ from ziphius.checkpoint.files import (
     unfinished_targets,
     write_atomic,
 )
-from ziphius.checkpoint.huggingface import STEP_PREFIX, stage_checkpoints
+from ziphius.checkpoint.folder import CONFIG_FILE, STEP_PREFIX, stage_checkpoints
 from ziphius.config.errors import BadInput
 from ziphius.config.recipe import Recipe, changed_keys, dump_recipe, load_recipe
 from ziphius.training.metrics import Lines

@@ -1,0 +1,37 @@
+"""Which folder a path means: a Hugging Face checkpoint, or the newest one of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ziphius.checkpoint.files import recover_directory
+from ziphius.config.errors import BadInput
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+STEP_PREFIX = "step-"
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """Return the Hugging Face folder that ``path`` means: itself, a run's final checkpoint, or the
+    newest one of a run that has not ended.
+    """
+    for folder in (path, path / "checkpoint", *stage_checkpoints(path / "stages" / "pretrain")):
+        recover_directory(folder)
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    if not path.is_dir():
+        raise BadInput(f"{path}: no such folder: give a Hugging Face folder or a run folder")
+    raise BadInput(f"{path}: no {CONFIG_FILE} there or in its checkpoint/: not a checkpoint")
+
+
+def stage_checkpoints(stage: Path) -> list[Path]:
+    """List the checkpoints of a stage of a run, ``step-N``, the newest first."""
+    if not stage.is_dir():
+        return []
+    numbered = [
+        (int(path.name.removeprefix(STEP_PREFIX)), path)
+        for path in stage.iterdir()
+        if path.name.removeprefix(STEP_PREFIX).isdecimal() and path.name.startswith(STEP_PREFIX)
+    ]
+    return [path for _, path in sorted(numbered, reverse=True)]
