@@ -1,4 +1,4 @@
-"""Messages to a prompt: by the checkpoint's own template, or in V3's format (facts 8.10)."""
+"""Messages to a prompt: by the checkpoint's own template, or in a built-in format."""
 
 from __future__ import annotations
 
@@ -9,26 +9,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ziphius.config.errors import BadInput
 from ziphius.config.table import nearest
-from ziphius.data.tokenizer import (
-    ASSISTANT,
-    BOS,
-    CONFIG_FILE,
-    END_THINK,
-    EOS,
-    TOOL_TOKENS,
-    USER,
-)
+from ziphius.data.tokenizer import CONFIG_FILE
+from ziphius.inference.formats import FORMATS, Format, Thinking, opens_reasoning
+from ziphius.inference.tools import SEPARATOR, CallStyle, as_json, check_tools, with_tools
 
 TEMPLATE_FILE = "chat_template.jinja"
 ROLES = ("system", "user", "assistant", "tool")
-_CALLS_BEGIN, _CALLS_END, _CALL_BEGIN, _CALL_END = TOOL_TOKENS[:4]
-_OUTPUTS_BEGIN, _OUTPUTS_END, _OUTPUT_BEGIN, _OUTPUT_END, _SEPARATOR = TOOL_TOKENS[4:]
+DEFAULT_FORMAT = "v3"
+_THINKING_NAMES = ("thinking", "enable_thinking")
 
 Message = Mapping[str, Any]
 
@@ -37,25 +31,53 @@ class ChatTemplate:
     """Renders a conversation as text. ``source`` is Jinja as Hugging Face checkpoints have it.
 
     ``tokens`` are the special tokens that it may name, ``bos_token`` and so on. Without a source
-    the format is V3's. A template runs in a sandbox: it sees what it is given and nothing else.
+    the format is the built-in one of that name. A template runs in a sandbox: it sees what it is
+    given and nothing else.
     """
 
-    def __init__(self, source: str | None = None, tokens: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        source: str | None = None,
+        tokens: Mapping[str, str] | None = None,
+        *,
+        format: str = DEFAULT_FORMAT,
+    ) -> None:
+        """Raises BadInput for a format that is not known."""
+        if format not in FORMATS:
+            raise BadInput(f"chat format '{format}'{nearest(format, FORMATS)}")
         self.source, self.tokens = source, dict(tokens or {})
+        self.format: Format | None = FORMATS[format] if source is None else None
 
     def render(
-        self, messages: Sequence[Message], /, *, add_generation_prompt: bool = True, **options: Any
+        self,
+        messages: Sequence[Message],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+        enable_thinking: bool | None = None,
+        **options: Any,
     ) -> str:
         """Return the conversation's text, open for the assistant's next turn if asked for.
 
-        ``options`` are what else the template knows, such as ``thinking``. Raises BadInput for
-        messages that are none, and for what the template refuses.
+        ``tools`` are OpenAI's; a template that does not know them has them in the first system
+        message, in our words. ``thinking`` asks for reasoning where it is optional and has two
+        names, as templates do; None is the template's default. ``options`` are what else the
+        template knows. Raises BadInput for messages and tools that are none, and for what the
+        template refuses.
         """
-        checked = check_messages(messages)
+        checked, thinks = check_messages(messages), _one_switch(thinking, enable_thinking)
+        if tools and not self.knows_tools:
+            checked = with_tools(checked, check_tools(tools), self.calls)
         try:
-            if self.source is None:
-                return v3_format(checked, add_generation_prompt=add_generation_prompt)
+            if self.format is not None:
+                return self.format.render(
+                    checked, add_generation_prompt=add_generation_prompt, thinking=thinks
+                )
             given = {**self.tokens, **options, "add_generation_prompt": add_generation_prompt}
+            given |= {"tools": list(tools)} if tools else {}
+            given |= {} if thinks is None else dict.fromkeys(_THINKING_NAMES, thinks)
             return self._template.render({**given, "messages": checked})
         except BadInput:
             raise
@@ -65,20 +87,54 @@ class ChatTemplate:
             raise BadInput(f"chat template: {type(error).__name__}: {_line(error)}") from None
 
     @cached_property
+    def thinking(self) -> Thinking:
+        """Whether prompts open the model's reasoning, as the end of a prompt shows."""
+        hello = [{"role": "user", "content": "Hello"}]
+        opened = {opens_reasoning(self.render(hello, thinking=asked)) for asked in (True, False)}
+        if len(opened) == 2:
+            return "optional"
+        return "always" if opened == {True} else "never"
+
+    @cached_property
+    def calls(self) -> CallStyle:
+        """How an assistant's calls are spelled, as a conversation with one shows.
+
+        A template that cannot render a call, or leaves it out, counts as one of V3.
+        """
+        if self.format is not None:
+            return self.format.calls
+        call = {"id": "0", "type": "function", "function": {"name": "NAME", "arguments": "{}"}}
+        said = {"role": "assistant", "content": "", "tool_calls": [call]}
+        try:
+            text = self.render([{"role": "user", "content": "Hello"}, said])
+        except BadInput:
+            return "fenced"
+        return "plain" if f"NAME{SEPARATOR}" in text else "fenced"
+
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Whether the template itself tells the model of tools that it is given."""
+        if self.source is None:
+            return False
+        return "tools" in meta.find_undeclared_variables(self._parsed)
+
+    @property
+    def _parsed(self) -> nodes.Template:
+        try:
+            return _environment().parse(self.source or "")
+        except TemplateError as error:
+            raise BadInput(f"chat template: {_line(error)}") from None
+
+    @cached_property
     def _template(self) -> Template:
-        assert self.source is not None, "V3's own format is no template"
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
-        return environment.from_string(self.source)
+        assert self.source is not None, "a built-in format is no template"
+        return _environment().from_string(self.source)
 
 
-def read_chat_template(folder: Path) -> ChatTemplate:
+def read_chat_template(folder: Path, format: str = DEFAULT_FORMAT) -> ChatTemplate:
     """Read a checkpoint's template: its own file, or the one in ``tokenizer_config.json``.
 
-    Raises BadInput for files that can't be read.
+    One without either has the built-in ``format``. Raises BadInput for files that can't be read.
     """
     config = _read_config(folder / CONFIG_FILE)
     tokens = {}
@@ -88,41 +144,11 @@ def read_chat_template(folder: Path) -> ChatTemplate:
             tokens[name] = text
     file = folder / TEMPLATE_FILE
     if not file.is_file():
-        return ChatTemplate(_default(config.get("chat_template")), tokens)
+        return ChatTemplate(_default(config.get("chat_template")), tokens, format=format)
     try:
-        return ChatTemplate(file.read_text("utf-8"), tokens)
+        return ChatTemplate(file.read_text("utf-8"), tokens, format=format)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{file}: cannot be read: {_line(error)}") from None
-
-
-def v3_format(messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-    """Render as DeepSeek-V3 does: system texts first, then turns without anything between them.
-
-    An assistant's turn ends with the end of sentence; of its reasoning only what follows stays.
-    """
-    system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
-    parts, answering_tools = [BOS, system], False
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if role == "tool":
-            parts += [] if answering_tools else [_OUTPUTS_BEGIN]
-            parts += [_OUTPUT_BEGIN, content, _OUTPUT_END]
-            answering_tools = True
-        elif role != "system":
-            if answering_tools:
-                parts.append(_OUTPUTS_END)
-            if role == "user":
-                parts += [USER, content]
-            else:
-                said = (content or "").split(END_THINK)[-1]
-                parts += [] if answering_tools else [ASSISTANT]
-                parts += [said, _calls(message.get("tool_calls", ())), EOS]
-            answering_tools = False
-    if answering_tools:
-        parts.append(_OUTPUTS_END)
-    elif add_generation_prompt:
-        parts.append(ASSISTANT)
-    return "".join(parts)
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -164,19 +190,6 @@ def _part(part: Any, where: str) -> str:
     raise BadInput(f"{where}: content: only parts of type 'text' can be read")
 
 
-def _calls(calls: Sequence[Mapping[str, Any]]) -> str:
-    """Render the tools that an assistant calls."""
-    parts = []
-    for call in calls:
-        function = call["function"]
-        given = function["arguments"]
-        text = given if isinstance(given, str) else _to_json(given)
-        kind = call.get("type", "function")
-        head = f"{_CALL_BEGIN}{kind}{_SEPARATOR}{function['name']}"
-        parts.append(f"{head}\n```json\n{text}\n```{_CALL_END}")
-    return _CALLS_BEGIN + "\n".join(parts) + _CALLS_END if parts else ""
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
@@ -197,9 +210,22 @@ def _default(template: Any) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    # jinja2's own filter escapes for HTML.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _one_switch(thinking: Any, enable_thinking: Any) -> bool | None:
+    given = [value for value in (thinking, enable_thinking) if value is not None]
+    if any(not isinstance(value, bool) for value in given):
+        raise BadInput("thinking: use true or false")
+    if len(set(given)) > 1:
+        raise BadInput("thinking and enable_thinking are one switch: give one of them")
+    return given[0] if given else None
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = as_json
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+    return environment
 
 
 def _refuse(message: str) -> NoReturn:
