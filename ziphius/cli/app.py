@@ -20,10 +20,11 @@ from ziphius.cli.prepare import prepare
 from ziphius.cli.pretrain import pretrain
 from ziphius.cli.quickstart import quickstart
 from ziphius.cli.report import report
+from ziphius.cli.serve import serve
 from ziphius.config.errors import ZiphiusError
 
 HELP = (
-    "The DeepSeek-V3 system in one package: train it, open its checkpoints, let it write.\n\n"
+    "The DeepSeek-V3 system in one package: train it, open its checkpoints, let it answer.\n\n"
     "Begin with 'ziphius quickstart': it trains a small V3 on this machine in minutes.\n\n"
     "A RECIPE is a preset (tiny, 16b, 671b) or the path of a TOML file; --set table.key=value "
     "changes any setting. A CHECKPOINT is a Hugging Face folder or a run folder."
@@ -41,7 +42,7 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
-    for verb in (quickstart, prepare, pretrain, report, generate, inspect, convert):
+    for verb in (quickstart, prepare, pretrain, report, generate, serve, inspect, convert):
         app.command()(verb)
     return app
 

@@ -1,0 +1,31 @@
+"""One server for the tests that only ask it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.serving.support import TestServer, make_engine, make_model, make_tokenizer, running
+from ziphius.kernels.select import Kernels, answering_kernels
+from ziphius.model.transformer import Transformer
+
+
+@pytest.fixture(scope="session")
+def fast(kernel_folder: Path) -> Kernels:
+    """The compiled kernels."""
+    return answering_kernels(kernel_folder)
+
+
+@pytest.fixture(scope="session")
+def whale(fast: Kernels) -> Transformer:
+    """A model of random weights; nobody changes it."""
+    return make_model(fast)
+
+
+@pytest.fixture(scope="module")
+def server(whale: Transformer) -> Iterator[TestServer]:
+    """A server that a module's tests share; each leaves it as it was."""
+    tokenizer = make_tokenizer()
+    with running(lambda: make_engine(whale, tokenizer), tokenizer=tokenizer) as started:
+        yield started
+        started.until_idle()

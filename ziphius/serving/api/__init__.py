@@ -1,0 +1,1 @@
+"""The routes: a file each, shapes in, shapes out."""

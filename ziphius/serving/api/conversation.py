@@ -1,0 +1,136 @@
+"""What every route that converses shares: its fields, and the way from messages to a job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ziphius.config.errors import BadInput
+from ziphius.inference.params import SamplingParams
+from ziphius.serving.answers import Answering
+from ziphius.serving.api.context import Context
+from ziphius.serving.api.sampling import SamplingFields
+from ziphius.serving.gate import Noted
+from ziphius.serving.parse import Parser
+from ziphius.serving.served import Prompt
+
+MOST_MESSAGES = 10_000
+
+
+class ConversationFields(SamplingFields):
+    """A conversation, and what the model may answer with."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: list[str] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    reasoning_effort: str | None = Field(None, max_length=32)
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    thinking_token_budget: int | None = Field(None, ge=0)
+    # Understood, and not done.
+    audio: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+    functions: list[Any] | None = None
+    function_call: Any | None = None
+    web_search_options: Any | None = None
+    chat_template: str | None = None
+
+    def require_honourable(self) -> None:
+        """Raise BadInput for a field whose wish can't be met."""
+        super().require_honourable()
+        if self.audio is not None or (self.modalities or ["text"]) != ["text"]:
+            raise BadInput("modalities: this model writes text only")
+        if self.functions is not None or self.function_call is not None:
+            raise BadInput("functions: use tools and tool_choice")
+        if self.web_search_options is not None:
+            raise BadInput("web_search_options: this server has no search")
+        if self.chat_template is not None:
+            raise BadInput(
+                "chat_template: the server's own is used; render on your side for others"
+            )
+        if self.thinking_token_budget is not None:
+            raise BadInput(
+                "thinking_token_budget: is not supported: bound the answer by max_tokens"
+            )
+
+    def template_options(self) -> dict[str, Any]:
+        """Return what the template is told; an effort of ``none`` asks for no thinking."""
+        options = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None and not {"thinking", "enable_thinking"} & set(options):
+            options["thinking"] = self.reasoning_effort not in ("none", "minimal")
+        return options
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A conversation on its way to the engine."""
+
+    prompt: Prompt
+    params: SamplingParams
+    tools: bool  # whether the answer's calls are to be told from its text
+
+    @classmethod
+    async def of(
+        cls, context: Context, fields: ConversationFields, *, logprobs: int | None = None
+    ) -> Turn:
+        """Check a request and render it. Raises BadInput and ApiError."""
+        context.require_model(fields.model)
+        fields.require_honourable()
+        served = context.served
+        messages = [as_known(message) for message in fields.messages]
+        choice = fields.tool_choice
+        tools = fields.tools if choice != "none" else None
+        prompt = await context.aside(
+            characters(messages),
+            served.conversation,
+            messages,
+            tools=tools,
+            add_generation_prompt=fields.add_generation_prompt is not False,
+            go_on=bool(fields.continue_final_message),
+            options=fields.template_options(),
+        )
+        most = fields.max_completion_tokens or fields.max_tokens
+        params = served.params(
+            fields.given(),
+            # Nothing said: to the end of the context.
+            max_tokens=most or served.defaults.get("max_tokens"),
+            logprobs=logprobs,
+        )
+        return cls(prompt, params, bool(tools))
+
+    async def begin(self, context: Context, fields: ConversationFields, noted: Noted) -> Answering:
+        """Give it to the engine."""
+        job = context.job(self.prompt.token_ids, self.params, fields)
+        return await Answering.begin(context.engine, job, self.parsers(context), noted)
+
+    def parsers(self, context: Context) -> list[Parser | None]:
+        """Return what reads each answer."""
+        served = context.served
+        return [
+            served.parser(self.prompt.in_reasoning, tools=self.tools) for _ in range(self.params.n)
+        ]
+
+
+def as_known(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message under the roles that templates know: a developer is the system."""
+    if message.get("role") == "developer":
+        return {**message, "role": "system"}
+    return message
+
+
+def characters(messages: Sequence[dict[str, Any]]) -> int:
+    """Return about how many characters messages have."""
+    return sum(len(str(message.get("content", ""))) for message in messages)

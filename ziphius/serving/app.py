@@ -1,0 +1,114 @@
+"""The application: every route behind the gate, and the engine's life."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.types import ASGIApp
+
+from ziphius import __version__
+from ziphius.config.errors import ZiphiusError
+from ziphius.serving.api import about, chat, completions, tokens
+from ziphius.serving.api.context import Context
+from ziphius.serving.engine import EngineProcess
+from ziphius.serving.errors import handle
+from ziphius.serving.gate import Gate
+from ziphius.serving.metrics import Metrics
+from ziphius.serving.options import ServeOptions
+from ziphius.serving.served import Served
+from ziphius.serving.sse import ClientGone
+
+log = logging.getLogger("ziphius.serving")
+
+# What the chat page may load: itself.
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Application:
+    """The server's parts, put together. ``asgi`` is what uvicorn runs."""
+
+    def __init__(self, options: ServeOptions, served: Served, engine: EngineProcess) -> None:
+        self.options, self.served, self.engine = options, served, engine
+        self.metrics = Metrics(
+            served.name, lambda: engine.link, lambda: engine.state, lambda: engine.restarts
+        )
+        engine.on_link = self.metrics.watch
+        self._engine_life: asyncio.Task[None] | None = None
+        self.fastapi = FastAPI(
+            title="Ziphius",
+            version=__version__,
+            description="DeepSeek-V3-family models, by OpenAI's and Anthropic's routes.",
+            lifespan=self._lifespan,
+        )
+        app: ASGIApp = self.fastapi
+        if options.cors_origins:
+            app = CORSMiddleware(
+                app,
+                allow_origins=list(options.cors_origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after"],
+            )
+        self.gate = Gate(app, options, on_answer=self.metrics.answered)
+        self.asgi: ASGIApp = self.gate
+        self._add_routes()
+
+    def _add_routes(self) -> None:
+        context = Context(self.options, self.engine, self.served)
+        for router in (
+            chat.router(context),
+            completions.router(context),
+            tokens.router(context),
+            about.router(context, self.metrics, self.gate),
+        ):
+            self.fastapi.include_router(router)
+        for kind in (ZiphiusError, HTTPException, RequestValidationError, Exception):
+            self.fastapi.add_exception_handler(kind, handle)
+        self.fastapi.add_exception_handler(ClientGone, _gone)
+        if self.options.page:
+            self._add_page()
+
+    def _add_page(self) -> None:
+        folder = resources.files("ziphius.serving") / "page"
+
+        @self.fastapi.get("/", include_in_schema=False)
+        async def page() -> Response:
+            headers = {"content-security-policy": _PAGE_POLICY, "cache-control": "no-cache"}
+            return FileResponse(str(folder / "index.html"), headers=headers)
+
+        self.fastapi.mount("/page", StaticFiles(directory=str(folder)), name="page")
+
+    @asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        self._engine_life = asyncio.create_task(self.engine.run(), name="engine")
+        try:
+            yield
+        finally:
+            await self.engine.stop()
+            await self._engine_life
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """Answer nobody; the log says why."""
+    request.scope["noted"].finish = "client gone"
+    return Response(status_code=499)
+
+
+def openapi(application: Application) -> dict[str, Any]:
+    """Return the description of the routes."""
+    return application.fastapi.openapi()

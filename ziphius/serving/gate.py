@@ -1,0 +1,250 @@
+"""What every request passes first: its id, its limits, its key; and what becomes of its errors."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ziphius.serving.errors import ApiError, as_api_error
+from ziphius.serving.options import ServeOptions
+from ziphius.serving.sse import ClientGone
+
+log = logging.getLogger("ziphius.serving")
+access = logging.getLogger("ziphius.access")
+
+_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,64}")
+# These need a key where keys are set; the page, health and metrics don't.
+GUARDED = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info")
+ADMIN = "/admin/"
+# Answered at any time: those who look after the server must see it when it is full or ending.
+ALWAYS = ("/health", "/ready", "/metrics")
+
+
+class ClientTooSlow(Exception):
+    """The client does not take what is written to it."""
+
+
+@dataclass
+class Noted:
+    """What a route tells the log of its request."""
+
+    model: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    finish: str | None = None
+    error: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Gate:
+    """The outermost ASGI layer. Every request leaves it with one answer and one line in the log."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        options: ServeOptions,
+        *,
+        on_answer: Callable[[str, int, float], None] = lambda route, status, seconds: None,
+    ) -> None:
+        self._app, self._options, self._on_answer = app, options, on_answer
+        self.draining = False
+        self.open = 0
+        self._of_client: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Passing(scope, receive, send, self._options.limits)
+        self.open += 1
+        try:
+            await self._answer(request)
+        finally:
+            self.open -= 1
+            status = request.status or 499
+            self._on_answer(_route(request.scope), status, request.seconds)
+            _log(request, scope, status)
+
+    async def _answer(self, request: Passing) -> None:
+        try:
+            with self._admitted(request.scope):
+                await self._app(request.scope, request.receive, request.send)
+        except ClientGone:
+            request.noted.finish = "client gone"
+        except ClientTooSlow:
+            request.noted.finish = "client too slow"
+        except Exception as error:
+            told = as_api_error(error, request.id)
+            if told.status == 500 and not isinstance(error, ApiError):
+                log.exception("request %s failed", request.id)
+            request.noted.error = str(told)
+            if request.status is None:
+                with suppress(ClientTooSlow):
+                    await told.response()(request.scope, request.receive, request.send)
+
+    def _admitted(self, scope: Scope) -> _Counted:
+        """Refuse what may not or cannot be answered now; count the rest until it is answered."""
+        path, limits = scope["path"], self._options.limits
+        if path in ALWAYS:
+            return _Counted(Counter(), "")
+        key = _bearer(scope)
+        self._check_key(path, key)
+        if self.draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", retry=5)
+        if self.open > limits.max_open:
+            raise ApiError(503, f"{self.open} requests are open", code="server_full", retry=1)
+        client = key if self._options.api_keys and key else (scope.get("client") or ("",))[0]
+        if path.startswith(GUARDED) and self._of_client[client] >= limits.max_per_client:
+            raise ApiError(
+                429,
+                f"{limits.max_per_client} requests of yours are open: let one end first",
+                code="too_many_requests",
+                retry=1,
+            )
+        return _Counted(self._of_client, client)
+
+    def _check_key(self, path: str, key: str) -> None:
+        if path.startswith(ADMIN):
+            admin = self._options.admin_key
+            if admin is None:
+                raise ApiError(403, "admin routes are off: start the server with an admin key")
+            if not _equal(key, admin):
+                raise ApiError(401, "this route needs the admin key", code="invalid_api_key")
+        elif path.startswith(GUARDED) and self._options.api_keys:
+            # All are compared, so that time tells nothing.
+            known = sum(_equal(key, one) for one in self._options.api_keys)
+            if not known:
+                raise ApiError(
+                    401,
+                    "a valid API key is needed: send 'Authorization: Bearer KEY'",
+                    code="invalid_api_key",
+                    headers={"www-authenticate": "Bearer"},
+                )
+
+
+class _Counted:
+    """One more open request of a client, for a while."""
+
+    def __init__(self, counter: Counter[str], client: str) -> None:
+        self._counter, self._client = counter, client
+
+    def __enter__(self) -> None:
+        self._counter[self._client] += 1
+
+    def __exit__(self, *raised: object) -> None:
+        self._counter[self._client] -= 1
+        if not self._counter[self._client]:
+            del self._counter[self._client]
+
+
+class Passing:
+    """One request on its way through: its channels, bounded in bytes and in time."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: Any) -> None:
+        self.began = time.monotonic()
+        self.status: int | None = None
+        self.noted = Noted()
+        self.id = _request_id(scope)
+        self.scope = {**scope, "request_id": self.id, "noted": self.noted}
+        self._receive, self._send, self._limits = receive, send, limits
+        self._body_bytes, self._body_ended = 0, False
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far."""
+        return time.monotonic() - self.began
+
+    async def receive(self) -> Message:
+        """Return the next piece of the body. Raises ApiError beyond the limits."""
+        if self._body_ended:
+            return await self._receive()
+        left = self._limits.body_seconds - self.seconds
+        try:
+            async with asyncio.timeout(max(left, 0)):
+                message = await self._receive()
+        except TimeoutError:
+            raise ApiError(408, "the body did not arrive in time", code="timeout") from None
+        if message["type"] == "http.request":
+            self._body_bytes += len(message.get("body", b""))
+            self._body_ended = not message.get("more_body", False)
+            if self._body_bytes > self._limits.max_body_bytes:
+                raise ApiError(
+                    413,
+                    f"the body has more than {self._limits.max_body_bytes} bytes",
+                    code="request_too_large",
+                    headers={"connection": "close"},
+                )
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send a piece of the answer. Raises ClientTooSlow where the client takes none."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = [*message.get("headers", []), (b"x-request-id", self.id.encode())]
+            headers.append((b"x-content-type-options", b"nosniff"))
+            message = {**message, "headers": headers}
+        try:
+            async with asyncio.timeout(self._limits.write_seconds):
+                await self._send(message)
+        except TimeoutError:
+            raise ClientTooSlow from None
+
+
+def _log(request: Passing, scope: Scope, status: int) -> None:
+    if scope["path"] in ALWAYS and status < 400:
+        return  # every few seconds, by whoever watches
+    noted = request.noted
+    fields = {
+        "request_id": request.id,
+        "method": scope["method"],
+        "path": scope["path"][:200],
+        "status": status,
+        "seconds": round(request.seconds, 3),
+        **{
+            name: value
+            for name in ("model", "prompt_tokens", "completion_tokens", "finish", "error")
+            if (value := getattr(noted, name)) is not None
+        },
+        **noted.extra,
+    }
+    access.info("request", extra={"fields": fields})
+
+
+def _route(scope: Scope) -> str:
+    """Return the path as routes have it: of any path that is none, one name."""
+    route = scope.get("route")
+    return getattr(route, "path", "other")
+
+
+def _request_id(scope: Scope) -> str:
+    """Return the client's own id where it is harmless, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _ID.fullmatch(value):
+            return str(value.decode())
+    return f"req-{secrets.token_hex(12)}"
+
+
+def _bearer(scope: Scope) -> str:
+    """Return the key of a request, as OpenAI's clients send it, or Anthropic's; else nothing."""
+    for name, value in scope["headers"]:
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            return str(value[7:].decode("latin-1")).strip()
+        if name == b"x-api-key":
+            return str(value.decode("latin-1")).strip()
+    return ""
+
+
+def _equal(given: str, known: str) -> bool:
+    return hmac.compare_digest(given.encode(), known.encode())

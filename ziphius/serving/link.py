@@ -1,0 +1,314 @@
+"""The server's end of the line to one engine process: requests in, their streams out.
+
+Everything here is on the event loop. What a slow client has not taken is kept as one delta an
+answer, so it holds nobody up and needs no more memory than the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+from types import TracebackType
+from typing import cast
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from ziphius.config.errors import BadInput, ZiphiusError
+from ziphius.inference.errors import RequestError
+from ziphius.inference.outputs import Delta
+from ziphius.inference.params import SamplingParams
+from ziphius.serving.wire import (
+    Add,
+    Beat,
+    Cancel,
+    Command,
+    End,
+    Failed,
+    Forget,
+    ModelInfo,
+    Numbers,
+    Part,
+    Ready,
+    Refused,
+    Report,
+    Stop,
+    Taken,
+    pack_params,
+)
+
+
+class EngineGone(ZiphiusError):
+    """The engine has failed, was stopped, or is not loaded yet: nothing is answered now."""
+
+
+class Busy(ZiphiusError):
+    """There is no room for another request now. ``seconds``: when to try again."""
+
+    def __init__(self, message: str, seconds: int) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A request as the engine takes it; ``seconds`` is how long it may take, waiting included."""
+
+    prompt_ids: List[int]
+    params: SamplingParams
+    priority: int = 0
+    salt: bytes = b""
+    seconds: float | None = None
+    score_only: bool = False
+
+
+class Stream:
+    """The answers of one request: an asynchronous iterator of deltas. Leave it by ``close``.
+
+    ``end`` is there once all answers have ended. Raises what the request is refused with, and
+    EngineGone where the engine ends before the answer does.
+    """
+
+    def __init__(self, link: Link, number: int, job: Job) -> None:
+        self.number, self.job = number, job
+        self.end: End | None = None
+        self.began = self.last = time.monotonic()
+        self.first: float | None = None  # when the first token came
+        self._link = link
+        self._deltas: dict[int, Delta] = {}
+        self._error: Exception | None = None
+        self._taken = self._closed = False
+        self._news = asyncio.Event()
+
+    async def taken(self) -> None:
+        """Return when the engine has the request. Raises what it is refused with."""
+        while not self._taken:
+            if self._error is not None:
+                raise self._error
+            await self._next_news()
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while True:
+            for index in sorted(self._deltas):
+                return self._deltas.pop(index)
+            if self._error is not None:
+                raise self._error
+            if self.end is not None or self._closed:
+                raise StopAsyncIteration
+            await self._next_news()
+
+    async def _next_news(self) -> None:
+        self._news.clear()
+        await self._news.wait()
+
+    def close(self) -> None:
+        """End the request, unless it has ended."""
+        if not self._closed:
+            self._closed = True
+            self._news.set()
+            self._link._leave(self)
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- for the link -----------------------------------------------------------------------------
+
+    def take(self) -> None:
+        """Note that the engine has the request."""
+        self._taken = True
+        self._news.set()
+
+    def put(self, part: Part) -> None:
+        """Add what a step has given."""
+        now = time.monotonic()
+        self.first, self.last = self.first or now, now
+        delta = Delta(
+            part.index, part.text, part.token_ids, part.offsets, part.logprobs,
+            part.finish_reason, part.stop_reason, part.error,
+        )  # fmt: skip
+        if part.index in self._deltas:
+            self._deltas[part.index].add(delta)
+        else:
+            self._deltas[part.index] = delta
+        self._news.set()
+
+    def finish(self, end: End | None = None, error: Exception | None = None) -> None:
+        """Note that nothing more will come."""
+        self.end, self._error = end, error
+        self._news.set()
+
+
+class Link:
+    """One engine process, from its start to its end."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, *, clock: Callable[[], float] = time.monotonic):
+        self.model: ModelInfo | None = None
+        self.numbers = Numbers()
+        self.failed: Failed | None = None
+        self.load_seconds = 0.0
+        self.on_part: Callable[[Stream, Part], None] = lambda stream, part: None
+        self.on_end: Callable[[Stream], None] = lambda stream: None
+        self._socket, self._clock = socket, clock
+        self._last_heard = clock()
+        self._streams: dict[int, Stream] = {}
+        self._numbered = 0
+        self._waiting_tokens = 0  # prompts of requests without a first token
+        self._gone: str | None = None
+        self._ready = asyncio.Event()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Report)
+        self._listening = asyncio.create_task(self._listen(), name="engine-link")
+
+    @property
+    def open(self) -> int:
+        """Answers that somebody waits for: of every request its ``n``."""
+        return sum(stream.job.params.n for stream in self._streams.values())
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens of the requests that have no token yet."""
+        return self._waiting_tokens
+
+    @property
+    def silent(self) -> float:
+        """Seconds since the engine's last sign of life; 0 while it loads."""
+        return self._clock() - self._last_heard if self.model is not None else 0.0
+
+    @property
+    def gone(self) -> str | None:
+        """Why nothing is answered any more; None while all is well."""
+        return self._gone
+
+    async def ready(self) -> None:
+        """Return when the engine is loaded, or gone."""
+        await self._ready.wait()
+
+    def submit(self, job: Job) -> Stream:
+        """Return a request's stream. Raises EngineGone and Busy where it can't be taken."""
+        if self._gone is not None or self.model is None:
+            raise EngineGone(self._gone or "the model is being loaded: try again soon")
+        self._numbered += 1
+        stream = Stream(self, self._numbered, job)
+        self._streams[stream.number] = stream
+        self._waiting_tokens += len(job.prompt_ids)
+        sent = self._send(
+            Add(
+                id=stream.number,
+                prompt_ids=list(job.prompt_ids),
+                params=pack_params(job.params),
+                priority=job.priority,
+                salt=job.salt,
+                seconds=job.seconds,
+                score_only=job.score_only,
+            )
+        )
+        if not sent:
+            self._drop(stream)
+            raise Busy("the engine takes no more requests at the moment: try again later", 5)
+        return stream
+
+    def forget(self) -> None:
+        """Drop the cached prefixes that nobody uses."""
+        self._send(Forget())
+
+    def stop(self) -> None:
+        """Ask the engine's process to end."""
+        self._send(Stop())
+
+    def end_all(self, reason: str) -> None:
+        """End every request with EngineGone; the engine is told to forget them."""
+        for stream in list(self._streams.values()):
+            self._drop(stream)
+            self._send(Cancel(stream.number))
+            stream.finish(error=EngineGone(reason))
+
+    def close(self, reason: str) -> None:
+        """Take nothing more, and end every request with EngineGone. Safe to repeat."""
+        if self._gone is None:
+            self._gone = reason
+            self._listening.cancel()
+            for stream in list(self._streams.values()):
+                self._drop(stream)
+                stream.finish(error=EngineGone(reason))
+            self._ready.set()
+            self._socket.close(linger=0)
+
+    # --- the line ---------------------------------------------------------------------------------
+
+    def _send(self, command: Command) -> bool:
+        """Send without waiting; return whether the line had room, which a frozen engine's has not
+        for ever.
+        """
+        if self._gone is not None:
+            return False
+        # With this flag the future is done at once, and the order of sends is that of the calls.
+        sent = cast(
+            "asyncio.Future[object]", self._socket.send(self._encoder.encode(command), zmq.NOBLOCK)
+        )
+        return sent.exception() is None
+
+    async def _listen(self) -> None:
+        try:
+            while True:
+                self._hear(self._decoder.decode(await self._socket.recv()))
+        except (msgspec.MsgspecError, zmq.ZMQError) as error:
+            self.close(f"the line to the engine broke: {error}")
+
+    def _hear(self, report: Report) -> None:
+        self._last_heard = self._clock()
+        if isinstance(report, Beat):
+            self.numbers = report.numbers
+            for part in report.parts:
+                if (stream := self._streams.get(part.id)) is not None:
+                    if stream.first is None:
+                        self._waiting_tokens -= len(stream.job.prompt_ids)
+                    self.on_part(stream, part)
+                    stream.put(part)
+            for end in report.ends:
+                if (stream := self._streams.get(end.id)) is not None:
+                    self._drop(stream)
+                    stream.finish(end)
+                    self.on_end(stream)
+        elif isinstance(report, Refused):
+            if (stream := self._streams.get(report.id)) is not None:
+                self._drop(stream)
+                stream.finish(error=_refusal(report))
+        elif isinstance(report, Taken):
+            if (stream := self._streams.get(report.id)) is not None:
+                stream.take()
+        elif isinstance(report, Ready):
+            self.model, self.load_seconds = report.model, report.seconds
+            self._ready.set()
+        else:
+            self.failed = report
+            self.close(f"the engine failed: {report.message}")
+
+    def _drop(self, stream: Stream) -> None:
+        if self._streams.pop(stream.number, None) is not None and stream.first is None:
+            self._waiting_tokens -= len(stream.job.prompt_ids)
+
+    def _leave(self, stream: Stream) -> None:
+        if stream.number in self._streams:
+            self._drop(stream)
+            self._send(Cancel(stream.number))
+
+
+def _refusal(report: Refused) -> Exception:
+    if report.kind == "bad_input":
+        return BadInput(report.message)
+    return Busy(report.message, 1) if report.kind == "full" else RequestError(report.message)

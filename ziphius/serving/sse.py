@@ -1,0 +1,110 @@
+"""Answers that take their time: streams of events, and what a client's leaving ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from typing import Any, TypeVar
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+PING = b": ping\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+class ClientGone(Exception):
+    """The client has left before it had its answer."""
+
+
+def data(body: Any) -> bytes:
+    """Return one event without a name."""
+    return b"data: " + orjson.dumps(body) + b"\n\n"
+
+
+def event(name: str, body: Any) -> bytes:
+    """Return one event with a name."""
+    return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(body) + b"\n\n"
+
+
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Return what ``work`` returns. Where the client leaves first, cancel it, raise ClientGone."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_leaves(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await working  # what it holds is given back before anybody goes on
+
+
+async def _leaves(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends events as they come, a comment where there are none for ``ping_seconds``.
+
+    ``events`` is closed when the client leaves, whatever it waits for.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        *,
+        ping_seconds: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._events, self._ping_seconds = events, ping_seconds
+        self.status_code, self.background = 200, None
+        quiet = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        self.init_headers({**quiet, **(headers or {})})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send everything."""
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        try:
+            await until_gone(receive, self._send_events(send))
+        except ClientGone:
+            scope["noted"].finish = "client gone"
+
+    async def _send_events(self, send: Send) -> None:
+        try:
+            async for body in pinged(self._events, self._ping_seconds):
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        finally:
+            await self._events.aclose()  # type: ignore[attr-defined]
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def pinged(events: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
+    """Yield events, and a comment after every ``seconds`` without one."""
+    coming = asyncio.ensure_future(anext(events, None))
+    try:
+        while True:
+            done, _ = await asyncio.wait({coming}, timeout=seconds)
+            if not done:
+                yield PING
+                continue
+            body = coming.result()
+            if body is None:
+                return
+            yield body
+            coming = asyncio.ensure_future(anext(events, None))
+    finally:
+        coming.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await coming
