@@ -79,6 +79,14 @@ def serve(
     json_logs: Annotated[
         bool, typer.Option("--json-logs", help="Log JSON, a line a record.")
     ] = False,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Send traces to this OpenTelemetry collector, as http://HOST:4318/v1/traces "
+            "(pip install 'ziphius\\[otel]').",
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads of the engine; 0: one a core.")] = 0,
     speculation: options.Speculation = "auto",
     draft_depth: options.DraftDepth = 1,
@@ -144,6 +152,7 @@ def serve(
         profile=profile,
         chat_format=chat_format,
         page=page,
+        otlp_endpoint=otlp_endpoint,
     )
     set_up(as_json=json_logs)
     listening = bind(host, port)
