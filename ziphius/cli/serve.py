@@ -183,9 +183,11 @@ def _tell_beginning(serving: Any, url: str, host: str) -> None:
 
 def _tell_ready(application: Any, url: str) -> None:
     model = application.engine.link.model
+    versions = dict(pair.split("=") for pair in model.kernels.split())
+    compiled = "compiled" if "cpp" in versions.values() else "PyTorch's"
     typer.echo(
         f"{application.served.name}: {model.parameters:,} parameters in {model.dtype}, loaded in "
-        f"{application.engine.link.load_seconds:.1f} s, kernels {model.kernels}\n"
+        f"{application.engine.link.load_seconds:.1f} s, {compiled} kernels\n"
         f"chat page {url}/   OpenAI's routes {url}/v1   documentation {url}/docs",
         err=True,
     )

@@ -101,7 +101,7 @@ class Application:
     def _add_page(self) -> None:
         folder = resources.files("ziphius.serving") / "page"
 
-        @self.fastapi.get("/", include_in_schema=False)
+        @self.fastapi.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
         async def page() -> Response:
             headers = {"content-security-policy": _PAGE_POLICY, "cache-control": "no-cache"}
             return FileResponse(str(folder / "index.html"), headers=headers)
