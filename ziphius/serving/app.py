@@ -31,7 +31,7 @@ from ziphius.serving.served import Served
 from ziphius.serving.sse import ClientGone
 from ziphius.serving.tracing import Tracing
 
-log = logging.getLogger("ziphius.serving")
+LOG = logging.getLogger("ziphius.serving")
 
 # What the chat page may load: itself.
 _PAGE_POLICY = (

@@ -19,7 +19,7 @@ import zmq.asyncio
 from ziphius.serving.link import Busy, EngineGone, Job, Link, Stream
 from ziphius.serving.options import EngineSettings, Limits
 
-log = logging.getLogger("ziphius.serving")
+LOG = logging.getLogger("ziphius.serving")
 
 State = Literal["loading", "ready", "stalled", "restarting", "gone"]
 # Between two looks at whether the engine still gives signs of life.
@@ -173,7 +173,7 @@ class EngineProcess:
                 if self._stopping:
                     break
                 failed = self.link.failed if self.link is not None else None
-                log.error("engine ended: %s", failed.message if failed else how)
+                LOG.error("engine ended: %s", failed.message if failed else how)
                 if not self._was_ready:
                     # It has never worked: another try would end the same way.
                     self.exit_code = failed.exit_code if failed else 1

@@ -20,8 +20,8 @@ from ziphius.serving.errors import ApiError, as_api_error
 from ziphius.serving.options import ServeOptions
 from ziphius.serving.sse import ClientGone
 
-log = logging.getLogger("ziphius.serving")
-access = logging.getLogger("ziphius.access")
+LOG = logging.getLogger("ziphius.serving")
+ACCESS = logging.getLogger("ziphius.access")
 
 _ID = re.compile(rb"[A-Za-z0-9_.:-]{1,64}")
 # These need a key where keys are set; the page, health and metrics don't.
@@ -89,7 +89,7 @@ class Gate:
         except Exception as error:
             told = as_api_error(error, request.id)
             if told.status == 500 and not isinstance(error, ApiError):
-                log.exception("request %s failed", request.id)
+                LOG.exception("request %s failed", request.id)
             request.noted.error = str(told)
             if request.status is None:
                 with suppress(ClientTooSlow):
@@ -219,7 +219,7 @@ def _log(request: Passing, scope: Scope, status: int) -> None:
             if (value := getattr(noted, name)) is not None
         },
     }
-    access.info("request", extra={"fields": fields})
+    ACCESS.info("request", extra={"fields": fields})
 
 
 def _route(scope: Scope) -> str:

@@ -20,7 +20,7 @@ from ziphius.serving.options import ServeOptions
 from ziphius.serving.served import Served
 from ziphius.serving.tracing import Tracing
 
-log = logging.getLogger("ziphius.serving")
+LOG = logging.getLogger("ziphius.serving")
 
 _BACKLOG = 2048
 # Of the time to drain, what is left for telling clients that it is over.
@@ -111,7 +111,7 @@ class Draining(uvicorn.Server):
         """Note a signal; the second one ends everything at once."""
         if not self.should_exit:
             name, open_now = signal.Signals(sig).name, self._application.gate.open
-            log.info("%s: %d requests may end; once more stops at once", name, open_now)
+            LOG.info("%s: %d requests may end; once more stops at once", name, open_now)
         else:
             self._application.engine.end_all("the server was stopped")
         super().handle_exit(sig, frame)
