@@ -24,7 +24,10 @@ class Limits:
     # Requests of every kind that are open at once, idle chat pages not counted.
     max_open: int = 2048
     max_body_bytes: int = 8 << 20
-    # To send the request's body; to answer; for a client to take what was written.
+    # Of a request's line and headers.
+    max_head_bytes: int = 64 << 10
+    # To send the head, and the body; to answer; for a client that takes nothing of its answer.
+    head_seconds: float = 15.0
     body_seconds: float = 30.0
     request_seconds: float = 600.0
     write_seconds: float = 60.0

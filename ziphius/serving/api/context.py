@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -90,7 +90,7 @@ def told(fields: Body) -> dict[str, str]:
 
 async def guarded(
     request: Request, events: AsyncIterator[bytes], *, shape: Callable[[Any], bytes] = data
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     """Yield a stream's events. An error after the first byte becomes one more event, the last."""
     try:
         async for body in events:
