@@ -44,7 +44,8 @@ class Noted:
     completion_tokens: int | None = None
     finish: str | None = None
     error: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    # Of the engine's work, by our clock: began, first (token), last.
+    times: dict[str, float] = field(default_factory=dict)
 
 
 class Gate:
@@ -55,7 +56,7 @@ class Gate:
         app: ASGIApp,
         options: ServeOptions,
         *,
-        on_answer: Callable[[str, int, float], None] = lambda route, status, seconds: None,
+        on_answer: Callable[[Passing, str], None] = lambda request, route: None,
     ) -> None:
         self._app, self._options, self._on_answer = app, options, on_answer
         self.draining = False
@@ -73,9 +74,9 @@ class Gate:
             await self._answer(request)
         finally:
             self.open -= 1
-            status = request.status or 499
-            self._on_answer(_route(request.scope), status, request.seconds)
-            _log(request, scope, status)
+            request.status = request.status or 499
+            self._on_answer(request, _route(request.scope))
+            _log(request, scope, request.status)
 
     async def _answer(self, request: Passing) -> None:
         try:
@@ -217,7 +218,6 @@ def _log(request: Passing, scope: Scope, status: int) -> None:
             for name in ("model", "prompt_tokens", "completion_tokens", "finish", "error")
             if (value := getattr(noted, name)) is not None
         },
-        **noted.extra,
     }
     access.info("request", extra={"fields": fields})
 

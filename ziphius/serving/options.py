@@ -70,6 +70,8 @@ class ServeOptions:
     # V3, R1 or V3.1's format in place of the checkpoint's own template.
     chat_format: str | None = None
     page: bool = True
+    # Where traces go: an OTLP collector's address.
+    otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         for key in (*self.api_keys, *([self.admin_key] if self.admin_key is not None else [])):

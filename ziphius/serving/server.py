@@ -18,6 +18,7 @@ from ziphius.serving.app import Application
 from ziphius.serving.engine import EngineProcess, Subprocess
 from ziphius.serving.options import ServeOptions
 from ziphius.serving.served import Served
+from ziphius.serving.tracing import Tracing
 
 log = logging.getLogger("ziphius.serving")
 
@@ -57,7 +58,8 @@ def serve(
     """
     served = Served.read(options)
     engine = EngineProcess(partial(Subprocess, options.engine), options.limits)
-    application = Application(options, served, engine)
+    tracing = Tracing.to(options.otlp_endpoint) if options.otlp_endpoint is not None else None
+    application = Application(options, served, engine, tracing)
     config = uvicorn.Config(
         application.asgi,
         loop="uvloop",
