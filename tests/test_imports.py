@@ -182,7 +182,16 @@ def test_imports_downwards_and_inside_a_folder_are_allowed(tmp_path: Path) -> No
 
 # What importing costs
 
-HEAVY = ("torch", "numpy", "pydantic", "transformers", "tokenizers", "matplotlib", "safetensors")
+HEAVY = (
+    "torch",
+    "numpy",
+    "pydantic",
+    "transformers",
+    "tokenizers",
+    "matplotlib",
+    "safetensors",
+    "aiohttp",
+)
 
 
 def modules_after(code: str) -> set[str]:
@@ -240,6 +249,7 @@ def test_every_promised_name_exists() -> None:
         # typer itself brings pydantic for the parameters of a verb.
         (["pretrain", "--help"], {"pydantic"}),
         (["generate", "--help"], {"pydantic"}),
+        (["bench", "serve", "--help"], {"pydantic"}),
     ],
 )
 def test_help_answers_without_heavy_libraries(arguments: list[str], allowed: set[str]) -> None:

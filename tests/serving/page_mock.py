@@ -93,7 +93,9 @@ def answer_for(text: str, number: int) -> str:
         return CODE
     if "long" in text or "slow" in text:
         return LONG
-    return f"Answer {number}: you said “{text.strip()}”. The whale goes **down** and comes up again."
+    return (
+        f"Answer {number}: you said “{text.strip()}”. The whale goes **down** and comes up again."
+    )
 
 
 def create(mock: Mock) -> FastAPI:
@@ -138,7 +140,9 @@ def create(mock: Mock) -> FastAPI:
         said = [m["content"] for m in body["messages"] if m["role"] == "user"][-1]
         if "busy" in said and mock.refused == 0:
             mock.refused += 1
-            return error(429, "All 32 places are taken.", "rate_limit_error", **{"Retry-After": "2"})
+            return error(
+                429, "All 32 places are taken.", "rate_limit_error", **{"Retry-After": "2"}
+            )
         if "refuse" in said:
             return error(400, "The prompt has 5000 tokens; 4096 fit.", "invalid_request_error")
         return sse(chat_events(mock, request, body, said))
@@ -165,7 +169,11 @@ async def chat_events(
     text = answer_for(said, len(mock.seen))
     if body.get("continue_final_message"):
         text = " And it goes on."
-    thoughts = "The reader asks something. Let me *think* about whales.\n\nThen I answer." if thinks else ""
+    thoughts = (
+        "The reader asks something. Let me *think* about whales.\n\nThen I answer."
+        if thinks
+        else ""
+    )
     rate = 25 if "slow" in said else mock.rate
     made = 0
     await asyncio.sleep(0.05)
@@ -174,7 +182,15 @@ async def chat_events(
         for name, part in (("reasoning_content", thoughts), ("content", text)):
             for place, token in enumerate(split(part)):
                 if name == "content" and place == 12 and "break" in said:
-                    yield event({"error": {"message": "A logit was not finite.", "type": "server_error", "code": None}})
+                    yield event(
+                        {
+                            "error": {
+                                "message": "A logit was not finite.",
+                                "type": "server_error",
+                                "code": None,
+                            }
+                        }
+                    )
                     return
                 if name == "content" and place == 12 and "cut" in said:
                     return
@@ -199,15 +215,31 @@ async def chat_events(
 
 def tool_pieces() -> list[dict[str, Any]]:
     """Return a call in the pieces in which it streams."""
-    first = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "depth", "arguments": ""}}
+    first = {
+        "index": 0,
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "depth", "arguments": ""},
+    }
     rest = ['{"species": "Ziph', 'ius cavirostris", "un', 'it": "m"}']
     return [first, *({"index": 0, "function": {"arguments": piece}} for piece in rest)]
 
 
 def chunk(delta: dict[str, Any], tokens: list[Any], finish: str | None = None) -> dict[str, Any]:
     """Return a chat chunk."""
-    choice = {"index": 0, "delta": delta, "logprobs": {"content": tokens} if tokens else None, "finish_reason": finish}
-    return {"id": "c", "object": "chat.completion.chunk", "model": "ziphius-tiny", "choices": [choice], "usage": None}
+    choice = {
+        "index": 0,
+        "delta": delta,
+        "logprobs": {"content": tokens} if tokens else None,
+        "finish_reason": finish,
+    }
+    return {
+        "id": "c",
+        "object": "chat.completion.chunk",
+        "model": "ziphius-tiny",
+        "choices": [choice],
+        "usage": None,
+    }
 
 
 def usage(made: int, thought: int) -> dict[str, Any]:
@@ -223,7 +255,9 @@ def usage(made: int, thought: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def completion_events(mock: Mock, request: Request, body: dict[str, Any]) -> AsyncIterator[str]:
+async def completion_events(
+    mock: Mock, request: Request, body: dict[str, Any]
+) -> AsyncIterator[str]:
     """Yield the chunks of a continuation."""
     prompt = body["prompt"]
     text = "    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n\n\nprint(fibonacci(10))\n"
@@ -237,7 +271,9 @@ async def completion_events(mock: Mock, request: Request, body: dict[str, Any]) 
             "tokens": [token], "token_logprobs": [one["logprob"]], "text_offset": [0],
             "top_logprobs": [{t["token"]: t["logprob"] for t in one["top_logprobs"]}],
         }  # fmt: skip
-        yield event({"choices": [{"index": 0, "text": token, "logprobs": logprobs, "finish_reason": None}]})
+        yield event(
+            {"choices": [{"index": 0, "text": token, "logprobs": logprobs, "finish_reason": None}]}
+        )
         made += 1
         await asyncio.sleep(1 / rate)
     yield event({"choices": [{"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}]})

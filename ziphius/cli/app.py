@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ziphius import __version__
+from ziphius.cli.bench import make_bench_app
 from ziphius.cli.convert import convert
 from ziphius.cli.generate import generate
 from ziphius.cli.inspect import inspect
@@ -44,6 +45,7 @@ def make_app() -> typer.Typer:
     app.callback()(_options)
     for verb in (quickstart, prepare, pretrain, report, generate, serve, inspect, convert):
         app.command()(verb)
+    app.add_typer(make_bench_app(), name="bench")
     return app
 
 
