@@ -24,7 +24,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 import ziphius
-from tests.serving.page_texts import ATTACK, CODE, LONG, SAMPLE
+from tests.serving.page_texts import ATTACK, CODE, FIBONACCI, LONG, SAMPLE
 
 PAGE = Path(ziphius.__file__).parent / "serving" / "page"
 POLICY = (
@@ -67,7 +67,8 @@ def guess(token: str, place: int) -> dict[str, Any]:
     return {
         "token": token, "bytes": list(token.encode()), "logprob": math.log(share),
         "top_logprobs": [
-            {"token": t, "bytes": list(t.encode()), "logprob": math.log(max(p, 1e-6))} for t, p in top
+            {"token": t, "bytes": list(t.encode()), "logprob": math.log(max(p, 1e-6))}
+            for t, p in top
         ],
     }  # fmt: skip
 
@@ -93,7 +94,9 @@ def answer_for(text: str, number: int) -> str:
         return CODE
     if "long" in text or "slow" in text:
         return LONG
-    return f"Answer {number}: you said “{text.strip()}”. The whale goes **down** and comes up again."
+    return (
+        f"Answer {number}: you said “{text.strip()}”. The whale goes **down** and comes up again."
+    )
 
 
 def create(mock: Mock) -> FastAPI:
@@ -138,16 +141,18 @@ def create(mock: Mock) -> FastAPI:
         said = [m["content"] for m in body["messages"] if m["role"] == "user"][-1]
         if "busy" in said and mock.refused == 0:
             mock.refused += 1
-            return error(429, "All 32 places are taken.", "rate_limit_error", **{"Retry-After": "2"})
+            return error(
+                429, "All 32 places are taken.", "rate_limit_error", **{"Retry-After": "2"}
+            )
         if "refuse" in said:
             return error(400, "The prompt has 5000 tokens; 4096 fit.", "invalid_request_error")
-        return sse(chat_events(mock, request, body, said))
+        return sse(chat_events(mock, body, said))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         body = await request.json()
         mock.seen.append(body)
-        return sse(completion_events(mock, request, body))
+        return sse(completion_events(mock, body))
 
     return app
 
@@ -157,15 +162,17 @@ def sse(events: AsyncIterator[str]) -> StreamingResponse:
     return StreamingResponse(events, media_type="text/event-stream")
 
 
-async def chat_events(
-    mock: Mock, request: Request, body: dict[str, Any], said: str
-) -> AsyncIterator[str]:
+async def chat_events(mock: Mock, body: dict[str, Any], said: str) -> AsyncIterator[str]:
     """Yield the chunks of a chat answer."""
     thinks = (body.get("chat_template_kwargs") or {}).get("thinking") and mock.thinking != "never"
     text = answer_for(said, len(mock.seen))
     if body.get("continue_final_message"):
         text = " And it goes on."
-    thoughts = "The reader asks something. Let me *think* about whales.\n\nThen I answer." if thinks else ""
+    thoughts = (
+        "The reader asks something. Let me *think* about whales.\n\nThen I answer."
+        if thinks
+        else ""
+    )
     rate = 25 if "slow" in said else mock.rate
     made = 0
     await asyncio.sleep(0.05)
@@ -174,7 +181,15 @@ async def chat_events(
         for name, part in (("reasoning_content", thoughts), ("content", text)):
             for place, token in enumerate(split(part)):
                 if name == "content" and place == 12 and "break" in said:
-                    yield event({"error": {"message": "A logit was not finite.", "type": "server_error", "code": None}})
+                    yield event(
+                        {
+                            "error": {
+                                "message": "A logit was not finite.",
+                                "type": "server_error",
+                                "code": None,
+                            }
+                        }
+                    )
                     return
                 if name == "content" and place == 12 and "cut" in said:
                     return
@@ -192,22 +207,38 @@ async def chat_events(
         yield event(chunk({}, [], finish))
         yield event({"id": "c", "choices": [], "usage": usage(made, len(split(thoughts)))})
         yield "data: [DONE]\n\n"
-    finally:
-        if await request.is_disconnected():
-            mock.aborted += 1
+    except asyncio.CancelledError:
+        mock.aborted += 1
+        raise
 
 
 def tool_pieces() -> list[dict[str, Any]]:
     """Return a call in the pieces in which it streams."""
-    first = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "depth", "arguments": ""}}
+    first = {
+        "index": 0,
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "depth", "arguments": ""},
+    }
     rest = ['{"species": "Ziph', 'ius cavirostris", "un', 'it": "m"}']
     return [first, *({"index": 0, "function": {"arguments": piece}} for piece in rest)]
 
 
 def chunk(delta: dict[str, Any], tokens: list[Any], finish: str | None = None) -> dict[str, Any]:
     """Return a chat chunk."""
-    choice = {"index": 0, "delta": delta, "logprobs": {"content": tokens} if tokens else None, "finish_reason": finish}
-    return {"id": "c", "object": "chat.completion.chunk", "model": "ziphius-tiny", "choices": [choice], "usage": None}
+    choice = {
+        "index": 0,
+        "delta": delta,
+        "logprobs": {"content": tokens} if tokens else None,
+        "finish_reason": finish,
+    }
+    return {
+        "id": "c",
+        "object": "chat.completion.chunk",
+        "model": "ziphius-tiny",
+        "choices": [choice],
+        "usage": None,
+    }
 
 
 def usage(made: int, thought: int) -> dict[str, Any]:
@@ -223,12 +254,10 @@ def usage(made: int, thought: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def completion_events(mock: Mock, request: Request, body: dict[str, Any]) -> AsyncIterator[str]:
+async def completion_events(mock: Mock, body: dict[str, Any]) -> AsyncIterator[str]:
     """Yield the chunks of a continuation."""
     prompt = body["prompt"]
-    text = "    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n\n\nprint(fibonacci(10))\n"
-    if not prompt.endswith("\n"):
-        text = " and so the whale went down"
+    text = FIBONACCI if prompt.endswith("\n") else " and so the whale went down"
     rate = 20 if "slow" in prompt else mock.rate
     made = 0
     for place, token in enumerate(split(text)[: body["max_tokens"]]):
@@ -237,7 +266,9 @@ async def completion_events(mock: Mock, request: Request, body: dict[str, Any]) 
             "tokens": [token], "token_logprobs": [one["logprob"]], "text_offset": [0],
             "top_logprobs": [{t["token"]: t["logprob"] for t in one["top_logprobs"]}],
         }  # fmt: skip
-        yield event({"choices": [{"index": 0, "text": token, "logprobs": logprobs, "finish_reason": None}]})
+        yield event(
+            {"choices": [{"index": 0, "text": token, "logprobs": logprobs, "finish_reason": None}]}
+        )
         made += 1
         await asyncio.sleep(1 / rate)
     yield event({"choices": [{"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}]})

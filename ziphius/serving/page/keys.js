@@ -28,7 +28,7 @@ export function listen(acts, settings) {
     if (event.defaultPrevented || event.isComposing || document.querySelector("dialog[open]")) return;
     if (event.key === "Escape") {
       if (acts.escape()) event.preventDefault();
-      else if (typing(event.target)) event.target.blur();
+      else if (typing(event.target)) document.querySelector("#scroll").focus();
       return;
     }
     if (event.ctrlKey || event.metaKey || event.altKey || typing(event.target)) return;
