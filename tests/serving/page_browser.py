@@ -22,7 +22,7 @@ ARGUMENTS = [
 WATCH = """
   window.violations = [];
   document.addEventListener("securitypolicyviolation", (e) =>
-    window.violations.push([e.violatedDirective, e.blockedURI, e.sourceFile, e.lineNumber].join(" ")));
+    window.violations.push([e.violatedDirective, e.blockedURI, e.sourceFile].join(" ")));
 """
 # These are what a test provokes; every other word in the console is a failure.
 EXPECTED = ("Failed to load resource: the server responded", "Failed to load resource: net::ERR")

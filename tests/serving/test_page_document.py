@@ -93,6 +93,25 @@ def test_another_token_can_be_chosen(reader: Visitor) -> None:
     assert reader.bodies[-1]["prompt"] == before + chosen
 
 
+def test_the_keyboard_chooses_another_token_at_the_caret(reader: Visitor) -> None:
+    reader.site.script()
+    begin(reader)
+    page = reader.page
+    page.locator("#probabilities").click()
+    page.get_by_label("Document").press("Control+Home")
+    page.get_by_label("Document").press("ArrowDown")
+    card = page.get_by_role("tooltip")
+    expect(card).to_be_visible()
+    assert card.locator("li").first.locator("button").count() == 0
+    page.keyboard.press("Alt+1")
+    assert len(reader.bodies) == 1
+    page.keyboard.press("Alt+2")
+    page.wait_for_timeout(100)
+    written(reader)
+    assert len(reader.bodies) == 2
+    assert reader.bodies[-1]["prompt"] != START
+
+
 def test_what_a_person_changes_is_no_token_any_more(reader: Visitor) -> None:
     begin(reader)
     field = reader.page.get_by_label("Document")
