@@ -65,7 +65,6 @@ def chat(client: OpenAI, **more: Any) -> Any:
     return client.chat.completions.create(**{"model": None, "messages": HELLO, **more})
 
 
-
 # --- models -----------------------------------------------------------------------------------
 
 
@@ -206,9 +205,7 @@ def every_token_has_its_logprob(case: Case) -> None:
         assert logprobs == sorted(logprobs, reverse=True)
         assert entry.logprob == logprobs[0], "greedy takes the likeliest, and it is the same float"
         assert bytes(entry.bytes).decode(errors="replace") == entry.token
-    chunks = list(
-        chat(client, stream=True, stream_options={"include_usage": True}, **how)
-    )
+    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}, **how))
     pieces = [c.choices[0].logprobs for c in chunks if c.choices]
     streamed = [entry for piece in pieces if piece is not None for entry in piece.content]
     assert streamed == content
