@@ -250,6 +250,7 @@ def test_every_promised_name_exists() -> None:
         (["pretrain", "--help"], {"pydantic"}),
         (["generate", "--help"], {"pydantic"}),
         (["bench", "serve", "--help"], {"pydantic"}),
+        (["chat", "--help"], {"pydantic"}),
     ],
 )
 def test_help_answers_without_heavy_libraries(arguments: list[str], allowed: set[str]) -> None:
@@ -267,5 +268,15 @@ def test_help_of_the_module_ends_well() -> None:
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    for verb in ("quickstart", "prepare", "pretrain", "report", "generate", "convert", "inspect"):
+    for verb in (
+        "quickstart",
+        "prepare",
+        "pretrain",
+        "report",
+        "generate",
+        "chat",
+        "convert",
+        "inspect",
+        "bench",
+    ):
         assert verb in run.stdout

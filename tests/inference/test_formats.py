@@ -243,7 +243,10 @@ def test_a_tool_without_parameters_takes_none() -> None:
 
 @given(TEXTS, TEXTS)
 def test_every_text_of_a_tooled_conversation_is_in_the_prompt(said: str, result: str) -> None:
-    messages = [*HELLO, {"role": "assistant", "content": said, "tool_calls": [call(1)]}]
+    messages: list[dict[str, Any]] = [
+        *HELLO,
+        {"role": "assistant", "content": said, "tool_calls": [call(1)]},
+    ]
     messages.append({"role": "tool", "content": result})
     for name in FORMATS:
         text = ChatTemplate(format=name).render(messages, tools=[DIVE])

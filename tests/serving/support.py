@@ -32,7 +32,7 @@ from ziphius.serving.engine import EngineProcess, Runner
 from ziphius.serving.options import EngineSettings, Limits, ServeOptions
 from ziphius.serving.profiles import PROFILES
 from ziphius.serving.served import Served
-from ziphius.serving.server import Draining, bind
+from ziphius.serving.server import Draining, bind, configure
 from ziphius.serving.wire import Failed, Ready
 from ziphius.serving.worker import Worker, describe
 
@@ -214,11 +214,7 @@ def running(
         engine = EngineProcess(runner, given.limits)
         application = Application(given, served, engine)
         spoil(application)
-        config = uvicorn.Config(
-            application.asgi, http="httptools", log_config=None, access_log=False,
-            timeout_graceful_shutdown=5,
-        )  # fmt: skip
-        server = Draining(config, application, lambda _: ready.set())
+        server = Draining(configure(application), application, lambda _: ready.set())
         made.extend((application, server))
         server.run(sockets=[listening])
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 import re
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -144,7 +147,7 @@ def serve(
     client = Client(url, asking, api_key)
     view = View(work.levels, goal, greedy=temperature == 0)
     try:
-        with view:
+        with view, _without_collections():
             asyncio.run(_measure(client, work, view))
     finally:
         # Levels that have ended are worth keeping, whatever ended the others.
@@ -170,6 +173,17 @@ class Work:
     given: list[Prompt] | None
     distinct: int
     prompt_tokens: int
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Collect no garbage: a collection would be measured as the server's latency."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 async def _measure(client: Client, work: Work, view: View) -> None:

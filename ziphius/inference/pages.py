@@ -118,6 +118,10 @@ class PagePool:
         """Forget every prefix: new weights give other rows. Nobody may hold a page."""
         if self.used:
             raise ValueError(f"{self.used} pages are held: end their sequences before forgetting")
+        self.drop_cached()
+
+    def drop_cached(self) -> None:
+        """Forget the prefixes that nobody holds, at any moment; those held stay known."""
         self._blank += self._cached
         for page in self._cached:
             self._forget(page)

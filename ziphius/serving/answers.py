@@ -93,19 +93,15 @@ class Answering:
         self._stream, self._parsers, self._noted = stream, parsers, noted
         self.usage = Usage(len(stream.job.prompt_ids))
         noted.prompt_tokens = self.usage.prompt
+        noted.closing.append(self.close)
 
     @classmethod
     async def begin(
         cls, engine: EngineProcess, job: Job, parsers: list[Parser | None], noted: Noted
     ) -> Answering:
         """Give a job to the engine, and return when it is taken. Raises what it is refused with."""
-        stream = engine.submit(job)
-        try:
-            await stream.taken()
-        except BaseException:
-            stream.close()
-            raise
-        return cls(stream, parsers, noted)
+        (answering,) = await begin_all(engine, [(job, parsers)], noted)
+        return answering
 
     @property
     def prompt_logprobs(self) -> list[Scored | None] | None:
@@ -181,11 +177,12 @@ class Answering:
 async def begin_all(
     engine: EngineProcess, jobs: list[tuple[Job, list[Parser | None]]], noted: Noted
 ) -> list[Answering]:
-    """Begin several jobs: all of them, or none."""
-    begun: list[Answering] = []
+    """Begin several jobs: all of them, or none. Raises what they are refused with."""
+    streams = engine.submit_all([job for job, _ in jobs])
+    begun = [Answering(*both, noted) for both in zip(streams, (p for _, p in jobs), strict=True)]
     try:
-        for job, parsers in jobs:
-            begun.append(await Answering.begin(engine, job, parsers, noted))
+        for stream in streams:
+            await stream.taken()
     except BaseException:
         for answering in begun:
             answering.close()

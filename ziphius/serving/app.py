@@ -31,7 +31,7 @@ from ziphius.serving.served import Served
 from ziphius.serving.sse import ClientGone
 from ziphius.serving.tracing import Tracing
 
-log = logging.getLogger("ziphius.serving")
+LOG = logging.getLogger("ziphius.serving")
 
 # What the chat page may load: itself.
 _PAGE_POLICY = (
@@ -63,17 +63,17 @@ class Application:
             description="DeepSeek-V3-family models, by OpenAI's and Anthropic's routes.",
             lifespan=self._lifespan,
         )
-        app: ASGIApp = self.fastapi
+        self.gate = Gate(self.fastapi, options, on_answer=self._note)
+        self.asgi: ASGIApp = self.gate
         if options.cors_origins:
-            app = CORSMiddleware(
-                app,
+            # Outside the gate: a browser asks first without a key, and must read refusals too.
+            self.asgi = CORSMiddleware(
+                self.gate,
                 allow_origins=list(options.cors_origins),
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
                 expose_headers=["x-request-id", "retry-after"],
             )
-        self.gate = Gate(app, options, on_answer=self._note)
-        self.asgi: ASGIApp = self.gate
         self._add_routes()
 
     def _note(self, request: Passing, route: str) -> None:

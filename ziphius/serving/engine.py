@@ -7,7 +7,7 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, Protocol
@@ -16,10 +16,11 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from ziphius.config.errors import BadInput
 from ziphius.serving.link import Busy, EngineGone, Job, Link, Stream
 from ziphius.serving.options import EngineSettings, Limits
 
-log = logging.getLogger("ziphius.serving")
+LOG = logging.getLogger("ziphius.serving")
 
 State = Literal["loading", "ready", "stalled", "restarting", "gone"]
 # Between two looks at whether the engine still gives signs of life.
@@ -63,7 +64,8 @@ class Subprocess:
 
     async def wait(self) -> str:
         """Return how the process ended."""
-        assert self.process is not None
+        if self.process is None:
+            return "its process was not started"
         code = await self.process.wait()
         return f"its process ended by signal {-code}" if code < 0 else f"its process ended ({code})"
 
@@ -96,7 +98,8 @@ class EngineProcess:
         # The operator's: called with a new link, before anything goes over it.
         self.on_link: Callable[[Link], None] = lambda link: None
         self._in_a_row = 0
-        self._was_ready = self._stopping = False
+        self._was_ready = False
+        self._stopping = asyncio.Event()
         self._seconds_each = 5.0  # a running mean of what a request takes
         self._context = zmq.asyncio.Context()
         self._folder = tempfile.TemporaryDirectory(prefix="ziphius-")  # 0700: nobody else connects
@@ -104,19 +107,34 @@ class EngineProcess:
     # --- requests ---------------------------------------------------------------------------------
 
     def submit(self, job: Job) -> Stream:
-        """Return a request's stream.
+        """Return a request's stream. Raises what ``submit_all`` does."""
+        return self.submit_all([job])[0]
 
-        Raises Busy beyond the limits, and EngineGone where nothing is answered now.
+    def submit_all(self, jobs: Sequence[Job]) -> list[Stream]:
+        """Return the streams of jobs that are taken together, or not at all.
+
+        Raises Busy beyond the limits, EngineGone where nothing is answered now, and BadInput for
+        what can never be taken.
         """
         link = self._usable()
         running = link.model.max_running if link.model is not None else 0
-        most = running + self.limits.max_waiting
-        if link.open + job.params.n > most:
+        most, wanted = running + self.limits.max_waiting, sum(job.params.n for job in jobs)
+        if wanted > most:
+            raise BadInput(f"{wanted} answers are asked for: this server takes {most} at a time")
+        if link.open + wanted > most:
             raise self._full(f"{link.open} answers run or wait, the limit is {most}")
-        waiting = link.waiting_tokens
-        if waiting and waiting + len(job.prompt_ids) > self.limits.max_waiting_tokens:
+        waiting, tokens = link.waiting_tokens, sum(len(job.prompt_ids) for job in jobs)
+        if waiting and waiting + tokens > self.limits.max_waiting_tokens:
             raise self._full(f"prompts of {waiting} tokens wait")
-        return link.submit(job)
+        streams: list[Stream] = []
+        try:
+            for job in jobs:
+                streams.append(link.submit(job))
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        return streams
 
     def forget(self) -> None:
         """Drop the cached prefixes that nobody uses."""
@@ -145,7 +163,7 @@ class EngineProcess:
     @property
     def state(self) -> State:
         """What the engine is doing. ``stalled``: no sign of life for too long."""
-        if self.fatal is not None or self._stopping:
+        if self.fatal is not None or self._stopping.is_set():
             return "gone"
         if self.link is None or self.link.gone is not None:
             return "restarting" if self._was_ready else "loading"
@@ -168,12 +186,12 @@ class EngineProcess:
     async def run(self) -> None:
         """Start the worker, and again when it ends, until ``stop`` or too many failures."""
         try:
-            while not self._stopping:
+            while not self._stopping.is_set():
                 how = await self._live_once()
-                if self._stopping:
+                if self._stopping.is_set():
                     break
                 failed = self.link.failed if self.link is not None else None
-                log.error("engine ended: %s", failed.message if failed else how)
+                LOG.error("engine ended: %s", failed.message if failed else how)
                 if not self._was_ready:
                     # It has never worked: another try would end the same way.
                     self.exit_code = failed.exit_code if failed else 1
@@ -188,7 +206,12 @@ class EngineProcess:
                     )
                     break
                 self.restarts += 1
-                await asyncio.sleep(min(_LONGEST_PAUSE, 0.25 * 2 ** (self._in_a_row - 1)))
+                pause = min(_LONGEST_PAUSE, 0.25 * 2 ** (self._in_a_row - 1))
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), pause)
+        except Exception as error:  # a mistake of ours: nobody would start the engine again
+            LOG.exception("the engine is no longer watched")
+            self.exit_code, self.fatal = 1, f"the engine is no longer watched: {error!r}"
         finally:
             self._end_worker("the server is shutting down")
             self._folder.cleanup()
@@ -203,7 +226,11 @@ class EngineProcess:
         link.on_end = self._note_end
         self.on_link(link)
         self.link, self.runner = link, self._make_runner()
-        await self.runner.start(address)
+        try:
+            await self.runner.start(address)
+        except OSError as error:
+            self._end_worker("the engine's process could not be started")
+            return f"its process could not be started: {error}"
         ended = asyncio.create_task(self.runner.wait())
         watched = asyncio.create_task(self._watch(link))
         await asyncio.wait({ended, watched}, return_when=asyncio.FIRST_COMPLETED)
@@ -218,10 +245,14 @@ class EngineProcess:
 
     async def _watch(self, link: Link) -> str:
         """Return when the link is gone, or silent for too long."""
+        silent = False
         while link.gone is None:
             self._was_ready = self._was_ready or link.model is not None
-            if link.silent > self.limits.stall_restart_seconds:
+            # Twice in a row: where this process stood still, signs of life wait to be read.
+            too_long = link.silent > self.limits.stall_restart_seconds
+            if silent and too_long:
                 return f"no sign of life for {link.silent:.0f} s"
+            silent = too_long
             await asyncio.sleep(_LOOK_SECONDS if link.model is not None else 0.05)
         return link.gone
 
@@ -238,7 +269,7 @@ class EngineProcess:
 
     async def stop(self, seconds: float = 5.0) -> None:
         """Ask the worker to end, then make it."""
-        self._stopping = True
+        self._stopping.set()
         if self.link is not None:
             self.link.stop()
         if self.runner is not None:

@@ -95,7 +95,10 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
 
 async def handle(request: Request, error: Exception) -> Response:
     """FastAPI's handler of the errors that are no failure of ours."""
-    return as_api_error(error, request.scope.get("request_id", "")).response()
+    told = as_api_error(error, request.scope.get("request_id", ""))
+    if told.status >= 500:  # the others may repeat what a client has sent: nothing for a log
+        request.scope["noted"].error = str(told)
+    return told.response()
 
 
 def _invalid(problems: Sequence[Any]) -> ApiError:
@@ -105,17 +108,22 @@ def _invalid(problems: Sequence[Any]) -> ApiError:
         place = [str(part) for part in problem["loc"] if part != "body"]
         if problem["type"] == "json_invalid":
             return ApiError(400, "the body is not valid JSON", code="invalid_json")
-        name = ".".join(place)
+        if not place:
+            wanted = "the body must be a JSON object, sent as content-type: application/json"
+            return ApiError(400, wanted, code="invalid_type")
+        # Of a field that may be one thing or another, the places name the things too.
+        name = ".".join(part for part in place if part.isidentifier() or part.isdecimal())
         param = param or name or None
-        told.append(f"{name}: {problem['msg']}" if name else problem["msg"])
+        told.append(f"{name}: {problem['msg']}")
     if len(problems) > 5:
         told.append(f"and {len(problems) - 5} more")
-    return ApiError(
-        400, _short("; ".join(told)), param=param and _short(param), code="invalid_type"
-    )
+    message = "; ".join(dict.fromkeys(told))  # once each
+    return ApiError(400, _short(message), param=param and _short(param), code="invalid_type")
 
 
 def _http(error: HTTPException) -> ApiError:
+    if error.status_code == 400:  # FastAPI's, of a body that it could not read
+        return ApiError(400, "the body is no JSON in UTF-8, or is too deep", code="invalid_json")
     told = {
         404: "there is no such route: GET /openapi.json lists them",
         405: "this route has another method",

@@ -10,18 +10,18 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ziphius.serving.errors import ApiError, as_api_error
 from ziphius.serving.options import ServeOptions
 from ziphius.serving.sse import ClientGone
 
-log = logging.getLogger("ziphius.serving")
-access = logging.getLogger("ziphius.access")
+LOG = logging.getLogger("ziphius.serving")
+ACCESS = logging.getLogger("ziphius.access")
 
 _ID = re.compile(rb"[A-Za-z0-9_.:-]{1,64}")
 # These need a key where keys are set; the page, health and metrics don't.
@@ -29,10 +29,6 @@ GUARDED = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info")
 ADMIN = "/admin/"
 # Answered at any time: those who look after the server must see it when it is full or ending.
 ALWAYS = ("/health", "/ready", "/metrics")
-
-
-class ClientTooSlow(Exception):
-    """The client does not take what is written to it."""
 
 
 @dataclass
@@ -46,6 +42,8 @@ class Noted:
     error: str | None = None
     # Of the engine's work, by our clock: began, first (token), last.
     times: dict[str, float] = field(default_factory=dict)
+    # Called when the request leaves, however it does: what it holds is given back.
+    closing: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Gate:
@@ -73,8 +71,10 @@ class Gate:
         try:
             await self._answer(request)
         finally:
+            for close in request.noted.closing:
+                close()
             self.open -= 1
-            request.status = request.status or 499
+            request.status = 499 if request.left else request.status or 499
             self._on_answer(request, _route(request.scope))
             _log(request, scope, request.status)
 
@@ -84,16 +84,13 @@ class Gate:
                 await self._app(request.scope, request.receive, request.send)
         except ClientGone:
             request.noted.finish = "client gone"
-        except ClientTooSlow:
-            request.noted.finish = "client too slow"
         except Exception as error:
             told = as_api_error(error, request.id)
             if told.status == 500 and not isinstance(error, ApiError):
-                log.exception("request %s failed", request.id)
+                LOG.exception("request %s failed", request.id)
             request.noted.error = str(told)
             if request.status is None:
-                with suppress(ClientTooSlow):
-                    await told.response()(request.scope, request.receive, request.send)
+                await told.response()(request.scope, request.receive, request.send)
 
     def _admitted(self, scope: Scope) -> _Counted:
         """Refuse what may not or cannot be answered now; count the rest until it is answered."""
@@ -161,6 +158,7 @@ class Passing:
         self.scope = {**scope, "request_id": self.id, "noted": self.noted}
         self._receive, self._send, self._limits = receive, send, limits
         self._body_bytes, self._body_ended = 0, False
+        self.left = False  # the client, before its body's end
 
     @property
     def seconds(self) -> float:
@@ -168,7 +166,10 @@ class Passing:
         return time.monotonic() - self.began
 
     async def receive(self) -> Message:
-        """Return the next piece of the body. Raises ApiError beyond the limits."""
+        """Return the next piece of the body. Raises HTTPException beyond the limits.
+
+        FastAPI, which reads the body, lets no other exception through.
+        """
         if self._body_ended:
             return await self._receive()
         left = self._limits.body_seconds - self.seconds
@@ -176,31 +177,24 @@ class Passing:
             async with asyncio.timeout(max(left, 0)):
                 message = await self._receive()
         except TimeoutError:
-            raise ApiError(408, "the body did not arrive in time", code="timeout") from None
+            raise HTTPException(408, "the body did not arrive in time") from None
+        self.left = message["type"] == "http.disconnect"
         if message["type"] == "http.request":
             self._body_bytes += len(message.get("body", b""))
             self._body_ended = not message.get("more_body", False)
             if self._body_bytes > self._limits.max_body_bytes:
-                raise ApiError(
-                    413,
-                    f"the body has more than {self._limits.max_body_bytes} bytes",
-                    code="request_too_large",
-                    headers={"connection": "close"},
-                )
+                most = self._limits.max_body_bytes
+                raise HTTPException(413, f"the body has more than {most} bytes")
         return message
 
     async def send(self, message: Message) -> None:
-        """Send a piece of the answer. Raises ClientTooSlow where the client takes none."""
+        """Send a piece of the answer."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = [*message.get("headers", []), (b"x-request-id", self.id.encode())]
             headers.append((b"x-content-type-options", b"nosniff"))
             message = {**message, "headers": headers}
-        try:
-            async with asyncio.timeout(self._limits.write_seconds):
-                await self._send(message)
-        except TimeoutError:
-            raise ClientTooSlow from None
+        await self._send(message)
 
 
 def _log(request: Passing, scope: Scope, status: int) -> None:
@@ -219,7 +213,7 @@ def _log(request: Passing, scope: Scope, status: int) -> None:
             if (value := getattr(noted, name)) is not None
         },
     }
-    access.info("request", extra={"fields": fields})
+    ACCESS.info("request", extra={"fields": fields})
 
 
 def _route(scope: Scope) -> str:

@@ -7,7 +7,9 @@ answer, so it holds nobody up and needs no more memory than the answer.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
@@ -40,6 +42,8 @@ from ziphius.serving.wire import (
     Taken,
     pack_params,
 )
+
+LOG = logging.getLogger("ziphius.serving")
 
 
 class EngineGone(ZiphiusError):
@@ -83,6 +87,7 @@ class Stream:
         self._error: Exception | None = None
         self._taken = self._closed = False
         self._news = asyncio.Event()
+        self.tokens = self.ended = 0  # tokens of all answers, and answers that have ended
 
     async def taken(self) -> None:
         """Return when the engine has the request. Raises what it is refused with."""
@@ -137,6 +142,8 @@ class Stream:
         """Add what a step has given."""
         now = time.monotonic()
         self.first, self.last = self.first or now, now
+        self.tokens += len(part.token_ids)
+        self.ended += part.finish_reason is not None
         delta = Delta(
             part.index, part.text, part.token_ids, part.offsets, part.logprobs,
             part.finish_reason, part.stop_reason, part.error,
@@ -163,12 +170,14 @@ class Link:
         self.load_seconds = 0.0
         self.on_part: Callable[[Stream, Part], None] = lambda stream, part: None
         self.on_end: Callable[[Stream], None] = lambda stream: None
+        self.on_leave: Callable[[Stream], None] = lambda stream: None
         self._socket, self._clock = socket, clock
         self._last_heard = clock()
         self._streams: dict[int, Stream] = {}
         self._numbered = 0
         self._waiting_tokens = 0  # prompts of requests without a first token
         self._gone: str | None = None
+        self._unsent: deque[Cancel] = deque()  # for which the line had no room
         self._ready = asyncio.Event()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Report)
@@ -199,27 +208,25 @@ class Link:
         await self._ready.wait()
 
     def submit(self, job: Job) -> Stream:
-        """Return a request's stream. Raises EngineGone and Busy where it can't be taken."""
+        """Return a request's stream. Raises EngineGone and Busy where it can't be taken.
+
+        Raises BadInput for what no message can hold.
+        """
         if self._gone is not None or self.model is None:
             raise EngineGone(self._gone or "the model is being loaded: try again soon")
         self._numbered += 1
         stream = Stream(self, self._numbered, job)
+        try:
+            sent = self._send(_add(stream))
+        except (OverflowError, UnicodeEncodeError, RecursionError):
+            raise BadInput(
+                "the request holds a number of more than 64 bits, a text that is no Unicode, or "
+                "objects too deep in one another"
+            ) from None
+        if not sent:
+            raise Busy("the engine takes no more requests at the moment: try again later", 5)
         self._streams[stream.number] = stream
         self._waiting_tokens += len(job.prompt_ids)
-        sent = self._send(
-            Add(
-                id=stream.number,
-                prompt_ids=list(job.prompt_ids),
-                params=pack_params(job.params),
-                priority=job.priority,
-                salt=job.salt,
-                seconds=job.seconds,
-                score_only=job.score_only,
-            )
-        )
-        if not sent:
-            self._drop(stream)
-            raise Busy("the engine takes no more requests at the moment: try again later", 5)
         return stream
 
     def forget(self) -> None:
@@ -234,7 +241,7 @@ class Link:
         """End every request with EngineGone; the engine is told to forget them."""
         for stream in list(self._streams.values()):
             self._drop(stream)
-            self._send(Cancel(stream.number))
+            self._cancel(stream)
             stream.finish(error=EngineGone(reason))
 
     def close(self, reason: str) -> None:
@@ -266,11 +273,23 @@ class Link:
         try:
             while True:
                 self._hear(self._decoder.decode(await self._socket.recv()))
-        except (msgspec.MsgspecError, zmq.ZMQError) as error:
-            self.close(f"the line to the engine broke: {error}")
+        except Exception as error:  # a deaf link answers nobody: the engine is started again
+            if self._gone is None:
+                LOG.exception("the line to the engine broke")
+                self.close(f"the line to the engine broke: {type(error).__name__}")
+
+    def _cancel(self, stream: Stream) -> None:
+        """Tell the engine to forget a request, now or when the line has room."""
+        self._unsent.append(Cancel(stream.number))
+        self._send_again()
+
+    def _send_again(self) -> None:
+        while self._unsent and self._send(self._unsent[0]):
+            self._unsent.popleft()
 
     def _hear(self, report: Report) -> None:
         self._last_heard = self._clock()
+        self._send_again()
         if isinstance(report, Beat):
             self.numbers = report.numbers
             for part in report.parts:
@@ -305,7 +324,21 @@ class Link:
     def _leave(self, stream: Stream) -> None:
         if stream.number in self._streams:
             self._drop(stream)
-            self._send(Cancel(stream.number))
+            self._cancel(stream)
+            self.on_leave(stream)
+
+
+def _add(stream: Stream) -> Add:
+    job = stream.job
+    return Add(
+        id=stream.number,
+        prompt_ids=list(job.prompt_ids),
+        params=pack_params(job.params),
+        priority=job.priority,
+        salt=job.salt,
+        seconds=job.seconds,
+        score_only=job.score_only,
+    )
 
 
 def _refusal(report: Refused) -> Exception:

@@ -83,7 +83,6 @@ class Metrics:
         self._ends = counter("answers", "Answers by how they ended.", "finished_reason")
         self._rejections = counter("rejections", "Requests that were refused.", "status")
         self._http = counter("http_requests", "HTTP requests.", "route", "status")
-        self._counted: dict[Stream, int] = {}  # tokens so far of requests that run
         self._outer = CollectorRegistry(auto_describe=False)
         self._outer.register(_Doubled(self._inner, ALIASES))
         self._inner.register(_Engine(model, link, state, restarts))
@@ -96,9 +95,8 @@ class Metrics:
 
     def watch(self, link: Link) -> None:
         """Count what comes over a link."""
-        self._counted.clear()
         noted = link.on_end
-        link.on_part = self._part
+        link.on_part, link.on_leave = self._part, self._left
 
         def ended(stream: Stream) -> None:
             noted(stream)
@@ -121,15 +119,17 @@ class Metrics:
             elif stream.job.params.n == 1:
                 for _ in range(count):
                     self._itl.observe((now - stream.last) / count)
-            self._counted[stream] = self._counted.get(stream, 0) + count
             self._tokens.inc(count)
         if part.finish_reason is not None:
             self._ends.labels(self.model, part.finish_reason).inc()
 
+    def _left(self, stream: Stream) -> None:
+        self._ends.labels(self.model, "abort").inc(stream.job.params.n - stream.ended)
+
     def _end(self, stream: Stream) -> None:
         self._whole.observe(stream.last - stream.began)
         self._prompts.observe(len(stream.job.prompt_ids))
-        self._answers.observe(self._counted.pop(stream, 0))
+        self._answers.observe(stream.tokens)
         self._prompt_tokens.inc(len(stream.job.prompt_ids))
         if stream.end is not None:
             self._cached_tokens.inc(stream.end.cached_tokens)

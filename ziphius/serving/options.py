@@ -8,8 +8,6 @@ from typing import Any
 
 from ziphius.config.errors import BadInput
 
-MiB = 1 << 20
-
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -25,8 +23,11 @@ class Limits:
     max_per_client: int = 1024
     # Requests of every kind that are open at once, idle chat pages not counted.
     max_open: int = 2048
-    max_body_bytes: int = 8 * MiB
-    # To send the request's body; to answer; for a client to take what was written.
+    max_body_bytes: int = 8 << 20
+    # Of a request's line and headers.
+    max_head_bytes: int = 64 << 10
+    # To send the head, and the body; to answer; for a client that takes nothing of its answer.
+    head_seconds: float = 15.0
     body_seconds: float = 30.0
     request_seconds: float = 600.0
     write_seconds: float = 60.0

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,6 @@ class Served:
         self._format_told = format_told
         self.vocabulary = Vocabulary(tokenizer)
         self.markers = Markers.of(tokenizer)
-        self.spell = lru_cache(maxsize=1 << 16)(self._spell)
 
     @classmethod
     def read(cls, options: ServeOptions) -> Served:
@@ -188,7 +186,7 @@ class Served:
             "vocab_size": self.tokenizer.get_vocab_size(),
         }
 
-    def _spell(self, token: int) -> tuple[str, list[int]]:
+    def spell(self, token: int) -> tuple[str, list[int]]:
         """Return a token's text and its bytes."""
         spelled = self.vocabulary.spell(token)
         return spelled.decode(errors="replace"), list(spelled)

@@ -7,6 +7,7 @@ import errno
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
@@ -15,16 +16,18 @@ import uvicorn
 
 from ziphius.config.errors import BadInput, ZiphiusError
 from ziphius.serving.app import Application
+from ziphius.serving.connection import Connection
 from ziphius.serving.engine import EngineProcess, Subprocess
 from ziphius.serving.options import ServeOptions
 from ziphius.serving.served import Served
 from ziphius.serving.tracing import Tracing
 
-log = logging.getLogger("ziphius.serving")
+LOG = logging.getLogger("ziphius.serving")
 
 _BACKLOG = 2048
 # Of the time to drain, what is left for telling clients that it is over.
 _LAST_WORDS_SECONDS = 2.0
+_LOOK_SECONDS = 0.1
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -60,25 +63,31 @@ def serve(
     engine = EngineProcess(partial(Subprocess, options.engine), options.limits)
     tracing = Tracing.to(options.otlp_endpoint) if options.otlp_endpoint is not None else None
     application = Application(options, served, engine, tracing)
-    config = uvicorn.Config(
+    server = Draining(configure(application, tls), application, on_ready)
+    server.run(sockets=[listening])
+    if engine.fatal is not None:
+        failure = BadInput if engine.exit_code == 2 else ZiphiusError
+        raise failure(engine.fatal)
+
+
+def configure(application: Application, tls: tuple[str, str] | None = None) -> uvicorn.Config:
+    """Return uvicorn's settings: our own connections, no WebSockets, no logs beside ours."""
+    limits = application.options.limits
+    return uvicorn.Config(
         application.asgi,
         loop="uvloop",
-        http="httptools",
+        http=partial(Connection, limits=limits),  # type: ignore[arg-type]
+        ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
         date_header=True,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=int(options.limits.drain_seconds + _LAST_WORDS_SECONDS) + 1,
+        timeout_graceful_shutdown=int(limits.drain_seconds + _LAST_WORDS_SECONDS) + 1,
         ssl_certfile=tls[0] if tls else None,
         ssl_keyfile=tls[1] if tls else None,
     )
-    server = Draining(config, application, on_ready)
-    server.run(sockets=[listening])
-    if engine.fatal is not None:
-        failure = BadInput if engine.exit_code == 2 else ZiphiusError
-        raise failure(engine.fatal)
 
 
 class Draining(uvicorn.Server):
@@ -92,7 +101,7 @@ class Draining(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self._application, self._on_ready = application, on_ready
-        self._ending: asyncio.Task[None] | None = None
+        self._at_once = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and to watch the engine."""
@@ -108,17 +117,29 @@ class Draining(uvicorn.Server):
         self._watching.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Note a signal; the second one ends everything at once."""
+        """Note a signal; the second one ends everything at once.
+
+        Uvicorn would send itself the signal again at the end: ended in good order, ours exits 0.
+        """
         if not self.should_exit:
             name, open_now = signal.Signals(sig).name, self._application.gate.open
-            log.info("%s: %d requests may end; once more stops at once", name, open_now)
+            LOG.info("%s: %d requests may end; once more stops at once", name, open_now)
         else:
-            self._application.engine.end_all("the server was stopped")
-        super().handle_exit(sig, frame)
+            self._at_once = True
+        self.should_exit = True
 
     async def _tell_the_rest(self) -> None:
-        await asyncio.sleep(self._application.options.limits.drain_seconds)
-        self._application.engine.end_all("the server is shutting down: it took too long to end")
+        """End what runs when the time is up, or at the second signal."""
+        engine, seconds = self._application.engine, self._application.options.limits.drain_seconds
+        ends = time.monotonic() + seconds
+        while not self._at_once and time.monotonic() < ends:
+            await asyncio.sleep(min(_LOOK_SECONDS, seconds))
+        engine.end_all("the server is shutting down: the answer took too long to end")
+        while not self._at_once:
+            await asyncio.sleep(_LOOK_SECONDS)
+        engine.end_all("the server was stopped")
+        await asyncio.sleep(_LOOK_SECONDS)  # the clients' last words
+        self.force_exit = True
 
     async def _watch_engine(self) -> None:
         """Tell when the engine is ready, and stop where there will be none."""

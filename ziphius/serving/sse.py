@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import orjson
@@ -41,10 +41,13 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             return working.result()
         raise ClientGone
     finally:
-        for task in (working, leaving):
+        tasks: set[asyncio.Future[Any]] = {working, leaving}
+        for task in tasks:
             task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await working  # what it holds is given back before anybody goes on
+        await asyncio.wait(tasks)  # what they hold is given back before anybody goes on
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()  # seen: it is of no more interest
 
 
 async def _leaves(receive: Receive) -> None:
@@ -62,7 +65,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncIterator[bytes],
+        events: AsyncGenerator[bytes],
         *,
         ping_seconds: float,
         headers: Mapping[str, str] | None = None,
@@ -82,15 +85,15 @@ class EventStream(Response):
             scope["noted"].finish = "client gone"
 
     async def _send_events(self, send: Send) -> None:
-        try:
-            async for body in pinged(self._events, self._ping_seconds):
+        # The pings end first: what waits for an event must not be closed while it does.
+        pings = pinged(self._events, self._ping_seconds)
+        async with contextlib.aclosing(self._events), contextlib.aclosing(pings) as bodies:
+            async for body in bodies:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
-        finally:
-            await self._events.aclose()  # type: ignore[attr-defined]
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def pinged(events: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
+async def pinged(events: AsyncGenerator[bytes], seconds: float) -> AsyncGenerator[bytes]:
     """Yield events, and a comment after every ``seconds`` without one."""
     coming = asyncio.ensure_future(anext(events, None))
     try:

@@ -93,7 +93,7 @@ class Worker:
                 del self._ids[request]
                 self.engine.cancel(request)
         elif isinstance(command, Forget):
-            self.engine.pool.forget()
+            self.engine.pool.drop_cached()
         else:
             self._stopping = True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from ziphius.serving.served import Served
 from ziphius.serving.sse import ClientGone, data
 
 T = TypeVar("T")
-log = logging.getLogger("ziphius.serving")
+LOG = logging.getLogger("ziphius.serving")
 
 # Texts longer than this are cut into tokens on a thread: nobody else's stream waits for it.
 _LONG = 20_000
@@ -90,7 +90,7 @@ def told(fields: Body) -> dict[str, str]:
 
 async def guarded(
     request: Request, events: AsyncIterator[bytes], *, shape: Callable[[Any], bytes] = data
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     """Yield a stream's events. An error after the first byte becomes one more event, the last."""
     try:
         async for body in events:
@@ -101,7 +101,7 @@ async def guarded(
         request_id = request.scope["request_id"]
         found = as_api_error(error, request_id)
         if found.status == 500 and found.code is None:
-            log.exception("request %s failed in its stream", request_id)
+            LOG.exception("request %s failed in its stream", request_id)
         noted(request).error = str(found)
         yield shape(found.body)
     finally:
