@@ -63,8 +63,8 @@ def serve(
     stall_seconds: Annotated[
         float,
         typer.Option(
-            help="Without a sign of life of the engine for so long, /health is red. A large model "
-            "on a slow machine needs more for one long prompt."
+            help="Without a sign of life of the engine for so long, /health is red. It gives one "
+            "between two layers: only where a layer takes longer is more needed."
         ),
     ] = 10.0,
     cors_origin: Annotated[
