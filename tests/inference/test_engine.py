@@ -312,3 +312,15 @@ def test_scores_are_the_models_own(kernel_folder: Path) -> None:
     expected = logprobs_TV[:-1].gather(1, torch.tensor(prompt[1:]).unsqueeze(1))[:, 0]
     found = [s.logprob for s in result.prompt_logprobs if s is not None]
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+
+
+def test_an_answer_without_a_bound_ends_where_a_small_cache_does(answering: Kernels) -> None:
+    """An error would refuse every request that names no number of tokens."""
+    model = random_model(tiny_config(), kernels=answering).requires_grad_(False)
+    engine = Engine(model, options=EngineOptions(cache_tokens=64))
+    request = engine.add([0, 5, 6], SamplingParams(max_tokens=None, ignore_eos=True))
+    while not request.finished:
+        engine.step()
+    answer = request.result().outputs[0]
+    assert answer.finish_reason == "length"
+    assert len(answer.token_ids) == 64 - 3

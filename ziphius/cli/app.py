@@ -13,6 +13,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from ziphius import __version__
+from ziphius.cli.bench import make_bench_app
+from ziphius.cli.chat import chat
 from ziphius.cli.convert import convert
 from ziphius.cli.generate import generate
 from ziphius.cli.inspect import inspect
@@ -42,8 +44,11 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
-    for verb in (quickstart, prepare, pretrain, report, generate, serve, inspect, convert):
+    for verb in (
+        quickstart, prepare, pretrain, report, generate, chat, serve, inspect, convert,
+    ):  # fmt: skip
         app.command()(verb)
+    app.add_typer(make_bench_app(), name="bench")
     return app
 
 

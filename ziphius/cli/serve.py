@@ -63,8 +63,8 @@ def serve(
     stall_seconds: Annotated[
         float,
         typer.Option(
-            help="Without a sign of life of the engine for so long, /health is red. A large model "
-            "on a slow machine needs more for one long prompt."
+            help="Without a sign of life of the engine for so long, /health is red. It gives one "
+            "between two layers: only where a layer takes longer is more needed."
         ),
     ] = 10.0,
     cors_origin: Annotated[
@@ -79,6 +79,14 @@ def serve(
     json_logs: Annotated[
         bool, typer.Option("--json-logs", help="Log JSON, a line a record.")
     ] = False,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Send traces to this OpenTelemetry collector, as http://HOST:4318/v1/traces "
+            "(pip install 'ziphius\\[otel]').",
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads of the engine; 0: one a core.")] = 0,
     speculation: options.Speculation = "auto",
     draft_depth: options.DraftDepth = 1,
@@ -144,6 +152,7 @@ def serve(
         profile=profile,
         chat_format=chat_format,
         page=page,
+        otlp_endpoint=otlp_endpoint,
     )
     set_up(as_json=json_logs)
     listening = bind(host, port)
@@ -174,9 +183,11 @@ def _tell_beginning(serving: Any, url: str, host: str) -> None:
 
 def _tell_ready(application: Any, url: str) -> None:
     model = application.engine.link.model
+    versions = dict(pair.split("=") for pair in model.kernels.split())
+    compiled = "compiled" if "cpp" in versions.values() else "PyTorch's"
     typer.echo(
         f"{application.served.name}: {model.parameters:,} parameters in {model.dtype}, loaded in "
-        f"{application.engine.link.load_seconds:.1f} s, kernels {model.kernels}\n"
+        f"{application.engine.link.load_seconds:.1f} s, {compiled} kernels\n"
         f"chat page {url}/   OpenAI's routes {url}/v1   documentation {url}/docs",
         err=True,
     )

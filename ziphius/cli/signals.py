@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run trains: finish the step, save, stop."""
+"""Ctrl-C and SIGTERM: a run that trains finishes its step, an answer stops."""
 
 from __future__ import annotations
 
@@ -31,3 +31,24 @@ def saving_on_signals(console: Console) -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def asked_by_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Give a function that says whether Ctrl-C was pressed; a second one raises KeyboardInterrupt.
+
+    The handler that was there before comes back at the end.
+    """
+    asked = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -125,6 +125,8 @@ class Engine:
         """
         self.check(prompt_ids, params)
         room = self.model.config.max_position_embeddings - len(prompt_ids)
+        if params.max_tokens is None:  # as far as there is room, which a small cache may bound
+            room = max(1, min(room, self.pool.n_pages * self.pool.page_size - len(prompt_ids)))
         most = 0 if score_only else min(params.max_tokens or room, room)
         seed = fresh_seed() if params.seed is None else params.seed
         # Made before the queue is asked: what can't be made must not wait there.

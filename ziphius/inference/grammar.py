@@ -173,20 +173,29 @@ class _Spelled:
         return ids
 
 
-def _from_regex(text: str) -> str:
-    r"""Read a regular expression that the whole answer must match; ``\d`` is 0 to 9 alone.
+def lark_regex(text: str) -> str:
+    r"""Return a regular expression as Lark has it between slashes; ``\d`` is 0 to 9 alone.
 
     Digits of other scripts depend on the version of Unicode, so a reader might not take them.
+    Raises ValueError for one that can't be read.
     """
     if (len(text) - len(text.rstrip("\\"))) % 2:
         raise ValueError("it ends in a single backslash")  # which the library would drop
-    source = llguidance.regex_to_lark(text, use_ascii="d")
-    return llguidance.LLMatcher.grammar_from_lark(f"start: /{source}/")
+    return str(llguidance.regex_to_lark(text, use_ascii="d"))
+
+
+def as_lark(text: str) -> str:
+    """Return a grammar in Lark, also for one in the EBNF of llama.cpp, whose rules have ``::=``."""
+    return str(any_to_lark(text)) if "::=" in text else text
+
+
+def _from_regex(text: str) -> str:
+    """Read a regular expression that the whole answer must match."""
+    return llguidance.LLMatcher.grammar_from_lark(f"start: /{lark_regex(text)}/")
 
 
 def _from_grammar(text: str) -> str:
-    """Read Lark, or the EBNF of llama.cpp, whose rules are written with ``::=``."""
-    return llguidance.LLMatcher.grammar_from_lark(any_to_lark(text) if "::=" in text else text)
+    return llguidance.LLMatcher.grammar_from_lark(as_lark(text))
 
 
 _SOURCES: Mapping[str, Callable[[str], str]] = {

@@ -50,7 +50,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    # None goes on to the context's end.
+    # None goes on to the context's end, or the cache's where that is smaller.
     max_tokens: int | None = 16
     # Nothing but the length ends the answer within so many tokens.
     min_tokens: int = 0

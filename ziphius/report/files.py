@@ -9,10 +9,10 @@ from pathlib import Path
 from ziphius.config.errors import BadInput
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, option: str = "--out") -> None:
     """Write a file that holds either its old content or all of ``data``; make its folder.
 
-    Raises BadInput where that is not possible.
+    Raises BadInput where that is not possible, with the ``option`` that names the file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -21,7 +21,7 @@ def write_whole(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise BadInput(
-            f"{path}: cannot be written: {error.strerror}: name another file with --out"
+            f"{path}: cannot be written: {error.strerror}: name another file with {option}"
         ) from error
     finally:
         with suppress(OSError):

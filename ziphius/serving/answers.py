@@ -152,6 +152,9 @@ class Answering:
             self.usage.cached = end.cached_tokens
             self.usage.drafted, self.usage.accepted = end.drafted, end.accepted
         self._noted.completion_tokens = self.usage.completion
+        stream = self._stream
+        if stream.first is not None:
+            self._noted.times = {"began": stream.began, "first": stream.first, "last": stream.last}
 
     async def collect(self) -> list[Collected]:
         """Return all answers, whole, in the order of their index."""

@@ -24,13 +24,14 @@ from ziphius.serving.api import about, chat, completions, tokens
 from ziphius.serving.api.context import Context
 from ziphius.serving.engine import EngineProcess
 from ziphius.serving.errors import handle
-from ziphius.serving.gate import Gate
+from ziphius.serving.gate import Gate, Passing
 from ziphius.serving.metrics import Metrics
 from ziphius.serving.options import ServeOptions
 from ziphius.serving.served import Served
 from ziphius.serving.sse import ClientGone
+from ziphius.serving.tracing import Tracing
 
-log = logging.getLogger("ziphius.serving")
+LOG = logging.getLogger("ziphius.serving")
 
 # What the chat page may load: itself.
 _PAGE_POLICY = (
@@ -42,8 +43,15 @@ _PAGE_POLICY = (
 class Application:
     """The server's parts, put together. ``asgi`` is what uvicorn runs."""
 
-    def __init__(self, options: ServeOptions, served: Served, engine: EngineProcess) -> None:
+    def __init__(
+        self,
+        options: ServeOptions,
+        served: Served,
+        engine: EngineProcess,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.options, self.served, self.engine = options, served, engine
+        self._tracing = tracing
         self.metrics = Metrics(
             served.name, lambda: engine.link, lambda: engine.state, lambda: engine.restarts
         )
@@ -55,7 +63,7 @@ class Application:
             description="DeepSeek-V3-family models, by OpenAI's and Anthropic's routes.",
             lifespan=self._lifespan,
         )
-        self.gate = Gate(self.fastapi, options, on_answer=self.metrics.answered)
+        self.gate = Gate(self.fastapi, options, on_answer=self._note)
         self.asgi: ASGIApp = self.gate
         if options.cors_origins:
             # Outside the gate: a browser asks first without a key, and must read refusals too.
@@ -67,6 +75,13 @@ class Application:
                 expose_headers=["x-request-id", "retry-after"],
             )
         self._add_routes()
+
+    def _note(self, request: Passing, route: str) -> None:
+        """Take down a request that has been answered."""
+        self.metrics.answered(route, request.status or 0)
+        if self._tracing is not None:
+            request.noted.model = self.served.name
+            self._tracing.record(request, route)
 
     def _add_routes(self) -> None:
         context = Context(self.options, self.engine, self.served)
@@ -86,7 +101,7 @@ class Application:
     def _add_page(self) -> None:
         folder = resources.files("ziphius.serving") / "page"
 
-        @self.fastapi.get("/", include_in_schema=False)
+        @self.fastapi.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
         async def page() -> Response:
             headers = {"content-security-policy": _PAGE_POLICY, "cache-control": "no-cache"}
             return FileResponse(str(folder / "index.html"), headers=headers)
@@ -101,6 +116,8 @@ class Application:
         finally:
             await self.engine.stop()
             await self._engine_life
+            if self._tracing is not None:
+                await asyncio.to_thread(self._tracing.close)
 
 
 async def _gone(request: Request, error: Exception) -> Response:

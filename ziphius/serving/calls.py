@@ -12,11 +12,12 @@ _LANGUAGE = re.compile(r"[A-Za-z]*")
 
 
 class CallReader:
-    r"""Takes the text behind the mark that begins a call, and tells its name and arguments.
+    """Takes the text behind the mark that begins a call, and tells its name and arguments.
 
-    Both spellings are read, told apart by what is there: ``function`` SEP ``NAME\n```json\nARGS\n``` ``
-    of V3 and R1, and ``NAME`` SEP ``ARGS`` of V3.1; a fence around arguments is no part of them in
-    either. A separator that is missing is found where arguments begin.
+    Two spellings are read, told apart by what is there. V3 and R1 write ``function``, the
+    separator, the name, and the arguments in a fence of their own lines; V3.1 writes the name, the
+    separator and the arguments. A fence is no part of them in either. Where the separator is
+    missing, the name ends where arguments begin.
 
     ``name`` is None until it is known for certain. ``take()`` gives the arguments that have come
     since; blanks and a closing fence are held back, as they may be the end.

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from ziphius.serving.errors import ApiError, encode
 from ziphius.serving.options import Limits
 
-log = logging.getLogger("ziphius.serving")
+LOG = logging.getLogger("ziphius.serving")
 
 # A body in chunks of a byte is framed by five: more than this many to a byte is no body.
 _FRAMING = 16
@@ -155,7 +155,7 @@ class Connection(HttpToolsProtocol):
             if self.transport.get_write_buffer_size() < left:
                 self._watch_writing()
             else:
-                log.info("a client takes nothing of its answer: its connection is closed")
+                LOG.info("a client takes nothing of its answer: its connection is closed")
                 self.transport.abort()
 
         self._later("write", self._limits.write_seconds, look)

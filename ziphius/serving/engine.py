@@ -20,7 +20,7 @@ from ziphius.config.errors import BadInput
 from ziphius.serving.link import Busy, EngineGone, Job, Link, Stream
 from ziphius.serving.options import EngineSettings, Limits
 
-log = logging.getLogger("ziphius.serving")
+LOG = logging.getLogger("ziphius.serving")
 
 State = Literal["loading", "ready", "stalled", "restarting", "gone"]
 # Between two looks at whether the engine still gives signs of life.
@@ -191,7 +191,7 @@ class EngineProcess:
                 if self._stopping.is_set():
                     break
                 failed = self.link.failed if self.link is not None else None
-                log.error("engine ended: %s", failed.message if failed else how)
+                LOG.error("engine ended: %s", failed.message if failed else how)
                 if not self._was_ready:
                     # It has never worked: another try would end the same way.
                     self.exit_code = failed.exit_code if failed else 1
@@ -210,7 +210,7 @@ class EngineProcess:
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), pause)
         except Exception as error:  # a mistake of ours: nobody would start the engine again
-            log.exception("the engine is no longer watched")
+            LOG.exception("the engine is no longer watched")
             self.exit_code, self.fatal = 1, f"the engine is no longer watched: {error!r}"
         finally:
             self._end_worker("the server is shutting down")

@@ -20,8 +20,8 @@ from ziphius.serving.errors import ApiError, as_api_error
 from ziphius.serving.options import ServeOptions
 from ziphius.serving.sse import ClientGone
 
-log = logging.getLogger("ziphius.serving")
-access = logging.getLogger("ziphius.access")
+LOG = logging.getLogger("ziphius.serving")
+ACCESS = logging.getLogger("ziphius.access")
 
 _ID = re.compile(rb"[A-Za-z0-9_.:-]{1,64}")
 # These need a key where keys are set; the page, health and metrics don't.
@@ -40,7 +40,8 @@ class Noted:
     completion_tokens: int | None = None
     finish: str | None = None
     error: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    # Of the engine's work, by our clock: began, first (token), last.
+    times: dict[str, float] = field(default_factory=dict)
     # Called when the request leaves, however it does: what it holds is given back.
     closing: list[Callable[[], None]] = field(default_factory=list)
 
@@ -53,7 +54,7 @@ class Gate:
         app: ASGIApp,
         options: ServeOptions,
         *,
-        on_answer: Callable[[str, int, float], None] = lambda route, status, seconds: None,
+        on_answer: Callable[[Passing, str], None] = lambda request, route: None,
     ) -> None:
         self._app, self._options, self._on_answer = app, options, on_answer
         self.draining = False
@@ -73,9 +74,9 @@ class Gate:
             for close in request.noted.closing:
                 close()
             self.open -= 1
-            status = 499 if request.left else request.status or 499
-            self._on_answer(_route(request.scope), status, request.seconds)
-            _log(request, scope, status)
+            request.status = 499 if request.left else request.status or 499
+            self._on_answer(request, _route(request.scope))
+            _log(request, scope, request.status)
 
     async def _answer(self, request: Passing) -> None:
         try:
@@ -86,7 +87,7 @@ class Gate:
         except Exception as error:
             told = as_api_error(error, request.id)
             if told.status == 500 and not isinstance(error, ApiError):
-                log.exception("request %s failed", request.id)
+                LOG.exception("request %s failed", request.id)
             request.noted.error = str(told)
             if request.status is None:
                 await told.response()(request.scope, request.receive, request.send)
@@ -211,9 +212,8 @@ def _log(request: Passing, scope: Scope, status: int) -> None:
             for name in ("model", "prompt_tokens", "completion_tokens", "finish", "error")
             if (value := getattr(noted, name)) is not None
         },
-        **noted.extra,
     }
-    access.info("request", extra={"fields": fields})
+    ACCESS.info("request", extra={"fields": fields})
 
 
 def _route(scope: Scope) -> str:

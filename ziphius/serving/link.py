@@ -43,7 +43,7 @@ from ziphius.serving.wire import (
     pack_params,
 )
 
-log = logging.getLogger("ziphius.serving")
+LOG = logging.getLogger("ziphius.serving")
 
 
 class EngineGone(ZiphiusError):
@@ -275,7 +275,7 @@ class Link:
                 self._hear(self._decoder.decode(await self._socket.recv()))
         except Exception as error:  # a deaf link answers nobody: the engine is started again
             if self._gone is None:
-                log.exception("the line to the engine broke")
+                LOG.exception("the line to the engine broke")
                 self.close(f"the line to the engine broke: {type(error).__name__}")
 
     def _cancel(self, stream: Stream) -> None:

@@ -104,7 +104,7 @@ class Metrics:
 
         link.on_end = ended
 
-    def answered(self, route: str, status: int, seconds: float) -> None:
+    def answered(self, route: str, status: int) -> None:
         """Count an HTTP answer."""
         self._http.labels(self.model, route, str(status)).inc()
         if status in (429, 503):

@@ -8,8 +8,6 @@ from typing import Any
 
 from ziphius.config.errors import BadInput
 
-MiB = 1 << 20
-
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -25,7 +23,7 @@ class Limits:
     max_per_client: int = 1024
     # Requests of every kind that are open at once, idle chat pages not counted.
     max_open: int = 2048
-    max_body_bytes: int = 8 * MiB
+    max_body_bytes: int = 8 << 20
     # Of a request's line and headers.
     max_head_bytes: int = 64 << 10
     # To send the head, and the body; to answer; for a client that takes nothing of its answer.
@@ -73,6 +71,8 @@ class ServeOptions:
     # V3, R1 or V3.1's format in place of the checkpoint's own template.
     chat_format: str | None = None
     page: bool = True
+    # Where traces go: an OTLP collector's address.
+    otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         for key in (*self.api_keys, *([self.admin_key] if self.admin_key is not None else [])):

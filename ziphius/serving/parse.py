@@ -212,7 +212,7 @@ class Parser:
             self._waiting.popleft()
             self._count(mark.tokens)
             span = self._cut(shown if mark.end is None else mark.end)
-            size = _spelled(span, SPELLINGS[mark.name], ended)
+            size = _spelled(span, SPELLINGS[mark.name])
             self._read(span[: len(span) - size])
             self._mark(mark.name, span[len(span) - size :])
         self._count(self._tokens)
@@ -256,9 +256,7 @@ class Parser:
             if name != "call_end":
                 self._end_list()
             self._prose_here.mark()
-            self._in_list = name in ("calls_begin", "call_end") or (
-                name == "call_begin" and self._in_list
-            )
+            self._in_list = name in ("calls_begin", "call_end")
             if name == "call_begin":
                 self._begin_call()
 
@@ -371,7 +369,11 @@ class _Prose:
         return "" if self._at_mark else self._held
 
 
-def _spelled(span: str, spelling: str, cut: bool) -> int:
-    """Return how many characters at the end of ``span`` are a mark's; ``cut`` may end inside."""
-    sizes = range(len(spelling), 0, -1) if cut else [len(spelling)]
+def _spelled(span: str, spelling: str) -> int:
+    """Return how many characters at the end of ``span``, a mark's own text, spell the mark.
+
+    None where marks are not shown, fewer than all where a stop string has cut it. Before them may
+    be what became of half a character.
+    """
+    sizes = range(len(spelling), 0, -1)
     return next((size for size in sizes if span.endswith(spelling[:size])), 0)

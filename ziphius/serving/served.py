@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,6 @@ class Served:
         self._format_told = format_told
         self.vocabulary = Vocabulary(tokenizer)
         self.markers = Markers.of(tokenizer)
-        self.spell = lru_cache(maxsize=1 << 16)(self._spell)
 
     @classmethod
     def read(cls, options: ServeOptions) -> Served:
@@ -173,18 +171,22 @@ class Served:
         """Return what splits one answer into thoughts, text and calls."""
         return Parser(self.markers, in_reasoning=in_reasoning, tools=tools)
 
-    def tokenizer_info(self) -> dict[str, Any]:
-        """Return what clients that cut text into tokens themselves want to know."""
+    def tokenizer_info(self, ends: Sequence[int] = ()) -> dict[str, Any]:
+        """Return what clients that cut text into tokens themselves want to know.
+
+        ``ends`` are the ids that end an answer: they say what a tokenizer's files leave out.
+        """
         tokens = self.template.tokens
+        end = self.tokenizer.id_to_token(ends[0]) if ends else None
         return {
             "bos_token": tokens.get("bos_token") or self.tokenizer.id_to_token(self.bos),
-            "eos_token": tokens.get("eos_token"),
+            "eos_token": tokens.get("eos_token") or end,
             "pad_token": tokens.get("pad_token"),
             "chat_template": self.template.source,
             "vocab_size": self.tokenizer.get_vocab_size(),
         }
 
-    def _spell(self, token: int) -> tuple[str, list[int]]:
+    def spell(self, token: int) -> tuple[str, list[int]]:
         """Return a token's text and its bytes."""
         spelled = self.vocabulary.spell(token)
         return spelled.decode(errors="replace"), list(spelled)

@@ -20,8 +20,9 @@ from ziphius.serving.connection import Connection
 from ziphius.serving.engine import EngineProcess, Subprocess
 from ziphius.serving.options import ServeOptions
 from ziphius.serving.served import Served
+from ziphius.serving.tracing import Tracing
 
-log = logging.getLogger("ziphius.serving")
+LOG = logging.getLogger("ziphius.serving")
 
 _BACKLOG = 2048
 # Of the time to drain, what is left for telling clients that it is over.
@@ -60,7 +61,8 @@ def serve(
     """
     served = Served.read(options)
     engine = EngineProcess(partial(Subprocess, options.engine), options.limits)
-    application = Application(options, served, engine)
+    tracing = Tracing.to(options.otlp_endpoint) if options.otlp_endpoint is not None else None
+    application = Application(options, served, engine, tracing)
     server = Draining(configure(application, tls), application, on_ready)
     server.run(sockets=[listening])
     if engine.fatal is not None:
@@ -121,7 +123,7 @@ class Draining(uvicorn.Server):
         """
         if not self.should_exit:
             name, open_now = signal.Signals(sig).name, self._application.gate.open
-            log.info("%s: %d requests may end; once more stops at once", name, open_now)
+            LOG.info("%s: %d requests may end; once more stops at once", name, open_now)
         else:
             self._at_once = True
         self.should_exit = True

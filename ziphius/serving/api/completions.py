@@ -22,6 +22,7 @@ from ziphius.serving.api.shapes import json_response
 from ziphius.serving.link import Job
 from ziphius.serving.parse import Parser
 from ziphius.serving.sse import DONE, EventStream, data, until_gone
+from ziphius.serving.structured import structure
 
 MOST_PROMPTS = 128
 
@@ -34,13 +35,6 @@ class CompletionFields(SamplingFields):
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     max_tokens: int | None = Field(None, ge=0)
-    # A JSON schema, an expression or a grammar, as vLLM's users ask for them.
-    response_format: dict[str, Any] | None = None
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_grammar: str | None = None
-    guided_choice: list[str] | None = None
-    structured_outputs: dict[str, Any] | None = None
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts one by one. Raises BadInput for none, or too many."""
@@ -120,16 +114,23 @@ class Completion:
         return Ask(prompt, await self._context.aside(len(prompt), served.tokens, prompt))
 
     def _params(self) -> SamplingParams:
-        fields = self._fields
+        fields, served = self._fields, self._context.served
         if fields.echo and fields.streams and fields.logprobs is not None:
             raise BadInput("echo with logprobs: the prompt's are known at the end: set stream off")
         more: dict[str, Any] = {
             "max_tokens": max(1, fields.max_tokens if fields.max_tokens is not None else 16),
             "logprobs": fields.logprobs,
+            **structure(
+                served.markers,
+                served.template.calls,
+                in_reasoning=False,
+                response_format=fields.response_format,
+                guided=fields.guided(),
+            ),
         }
         if fields.echo and fields.logprobs is not None:
             more["prompt_logprobs"] = fields.logprobs
-        return self._context.served.params(fields.given(), **more)
+        return served.params(fields.given(), **more)
 
     # --- whole ------------------------------------------------------------------------------------
 

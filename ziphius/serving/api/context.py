@@ -22,7 +22,7 @@ from ziphius.serving.served import Served
 from ziphius.serving.sse import ClientGone, data
 
 T = TypeVar("T")
-log = logging.getLogger("ziphius.serving")
+LOG = logging.getLogger("ziphius.serving")
 
 # Texts longer than this are cut into tokens on a thread: nobody else's stream waits for it.
 _LONG = 20_000
@@ -101,7 +101,7 @@ async def guarded(
         request_id = request.scope["request_id"]
         found = as_api_error(error, request_id)
         if found.status == 500 and found.code is None:
-            log.exception("request %s failed in its stream", request_id)
+            LOG.exception("request %s failed in its stream", request_id)
         noted(request).error = str(found)
         yield shape(found.body)
     finally:

@@ -10,12 +10,14 @@ from pydantic import Field
 
 from ziphius.config.errors import BadInput
 from ziphius.inference.params import SamplingParams
+from ziphius.inference.tools import check_tools
 from ziphius.serving.answers import Answering
 from ziphius.serving.api.context import Context
 from ziphius.serving.api.sampling import SamplingFields
 from ziphius.serving.gate import Noted
 from ziphius.serving.parse import Parser
 from ziphius.serving.served import Prompt
+from ziphius.serving.structured import structure
 
 MOST_MESSAGES = 10_000
 
@@ -29,12 +31,6 @@ class ConversationFields(SamplingFields):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_grammar: str | None = None
-    guided_choice: list[str] | None = None
-    structured_outputs: dict[str, Any] | None = None
     reasoning_effort: str | None = Field(None, max_length=32)
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
@@ -91,8 +87,7 @@ class Turn:
         fields.require_honourable()
         served = context.served
         messages = [as_known(message) for message in fields.messages]
-        choice = fields.tool_choice
-        tools = fields.tools if choice != "none" else None
+        tools = fields.tools if fields.tool_choice != "none" else None
         prompt = await context.aside(
             characters(messages),
             served.conversation,
@@ -102,12 +97,23 @@ class Turn:
             go_on=bool(fields.continue_final_message),
             options=fields.template_options(),
         )
+        structured = structure(
+            served.markers,
+            served.template.calls,
+            in_reasoning=prompt.in_reasoning,
+            response_format=fields.response_format,
+            guided=fields.guided(),
+            tools=check_tools(fields.tools),
+            tool_choice=fields.tool_choice,
+            parallel_tool_calls=fields.parallel_tool_calls,
+        )
         most = fields.max_completion_tokens or fields.max_tokens
         params = served.params(
             fields.given(),
             # Nothing said: to the end of the context.
             max_tokens=most or served.defaults.get("max_tokens"),
             logprobs=logprobs,
+            **structured,
         )
         return cls(prompt, params, bool(tools))
 

@@ -31,7 +31,25 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-class SamplingFields(Body):
+class GuideFields(Body):
+    """What the answer's text must be: OpenAI's field, and vLLM's older and newer ones."""
+
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+    def guided(self) -> dict[str, Any]:
+        """Return vLLM's options that are given."""
+        options = {name: getattr(self, name) for name in GuideFields.model_fields}
+        del options["response_format"]
+        given = {name: value for name, value in options.items() if value is not None}
+        return {**(given.pop("structured_outputs", None) or {}), **given}
+
+
+class SamplingFields(GuideFields):
     """What chooses tokens and ends an answer. What is not given, the server's defaults decide."""
 
     model: str | None = Field(None, max_length=512)

@@ -76,6 +76,8 @@ def router(context: Context) -> APIRouter:
     @routes.get("/tokenizer_info", response_model=None)
     async def tokenizer_info() -> Response:
         """Name the special tokens and the chat template."""
-        return json_response(served.tokenizer_info())
+        link = context.engine.link
+        ends = link.model.eos if link is not None and link.model is not None else []
+        return json_response(served.tokenizer_info(ends))
 
     return routes

@@ -1,0 +1,1 @@
+"""Load against a server that speaks OpenAI's HTTP: how fast it answers, and whether rightly."""
