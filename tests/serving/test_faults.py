@@ -167,10 +167,16 @@ def test_whoever_leaves_leaves_nothing(whale: Transformer, chaos: bool) -> None:
 def test_a_request_before_another_is_ended_too(server: TestServer) -> None:
     # Two requests in one go: the second waits, and the first must still be told of the loss.
     expected, tasks = known(server), tasks_of(server)
+    link = server.application.engine.link
+    assert link is not None
+    ended: list[int] = []
+    link.on_end, before = lambda stream: ended.append(stream.number), link.on_end
     with connected(server.url) as raw:
-        raw.sendall(request(LONG) * 2)
+        raw.sendall(request({**LONG, "n": 8}) * 2)
         read_until(raw, b"data: ")
-    nothing_left(server, tasks, seconds=1.5)
+    nothing_left(server, tasks)
+    assert not ended, "it was answered to the end, for nobody"
+    link.on_end = before
     assert known(server) == expected
 
 
