@@ -37,7 +37,8 @@ def server(spoilt: Transformer) -> Iterator[TestServer]:
     """A server of it, whose few pages go from one request to the next."""
     tokenizer = make_tokenizer()
     with running(
-        lambda: make_engine(spoilt, tokenizer, cache_tokens=1024), tokenizer=tokenizer
+        lambda: make_engine(spoilt, tokenizer, cache_tokens=1024, prefill_chunk=32),
+        tokenizer=tokenizer,
     ) as started:
         yield started
 
@@ -94,10 +95,26 @@ def test_it_fails_in_the_middle(server: TestServer) -> None:
     server.until_idle()
 
 
-def test_a_prompt_is_scored_with_numbers_that_are_none(server: TestServer) -> None:
-    """JSON has no NaN: whatever is told of such a prompt parses, or it is an error."""
-    for more in ({"max_tokens": 0}, {"max_tokens": 1}):
-        answer = ask(server, prompt=[9, BAD, 9, 9], echo=True, **more)
-        assert answer.status_code in (200, 500)
-        assert "NaN" not in answer.text.replace("NaN or infinity", "")
-    server.until_idle()
+def test_a_prompt_that_is_scored_fails_alone(server: TestServer) -> None:
+    """Its rows are looked at before there is a token, and in the middle of a long prompt too."""
+    alone, tasks = neighbours(server), tasks_of(server)
+    scored: list[dict[str, Any]] = [
+        {"max_tokens": 0, "echo": True},
+        {"max_tokens": 1, "echo": True, "n": 3},
+        {"prompt_logprobs": 1},
+        {"prompt_logprobs": 1, "n": 2, "stream": True},
+    ]
+    prompts = ([9, BAD, 9, 9], [9] * 35 + [BAD] + [9] * 40)
+    with ThreadPoolExecutor(8) as pool:
+        good = pool.submit(neighbours, server)
+        bad = [pool.submit(ask, server, prompt=p, **m) for p in prompts for m in scored]
+        assert good.result() == alone
+        for one in bad:
+            answer = one.result()
+            stream = answer.status_code == 200
+            error = events_of(answer.text)[-1]["error"] if stream else error_of(answer)
+            assert error["code"] == "generation_failed", answer.text
+            assert "NaN" in error["message"]
+    nothing_left(server, tasks)
+    assert server.application.engine.restarts == 0
+    assert neighbours(server) == alone
