@@ -85,8 +85,8 @@ def chat(
     from ziphius.config.errors import BadInput
     from ziphius.inference.llm import LLM
     from ziphius.inference.params import SamplingParams
-    from ziphius.serving.profiles import read_generation_config
     from ziphius.serving.profiles import profile as find_profile
+    from ziphius.serving.profiles import read_generation_config
 
     asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     named = find_profile(profile)
