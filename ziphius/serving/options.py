@@ -26,6 +26,9 @@ class Limits:
     # Requests of every kind that are open at once, idle chat pages not counted.
     max_open: int = 2048
     max_body_bytes: int = 8 * MiB
+    # Responses that are kept to be gone on from; the ones used longest ago make room.
+    max_stored: int = 1024
+    max_stored_bytes: int = 64 * MiB
     # To send the request's body; to answer; for a client to take what was written.
     body_seconds: float = 30.0
     request_seconds: float = 600.0
