@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from fastapi.exceptions import RequestValidationError
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ziphius.config.errors import BadInput
 from ziphius.serving.api.responses_in import ResponseFields, as_messages, as_tools
@@ -138,3 +142,32 @@ def test_tools_that_are_not_allowed_are_not_told() -> None:
     allowed["tools"] = [{"type": "function", "name": "swim"}]
     with pytest.raises(BadInput, match="'swim' is not among"):
         ResponseFields(input="hi", tools=TOOLS, tool_choice=allowed).as_conversation(fields.items())
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+KINDS = ["message", "reasoning", "function_call", "function_call_output", "input_text", "function"]
+ITEM = st.fixed_dictionaries(
+    {"type": st.sampled_from(KINDS) | JUNK},
+    optional={
+        name: st.sampled_from(["user", "assistant", "1"]) | JUNK
+        for name in ("role", "content", "call_id", "name", "arguments", "output", "summary", "text")
+    },
+)
+PARTS = st.lists(ITEM, max_size=2)
+
+
+@given(
+    items=st.lists(ITEM | st.builds(lambda i, p: {**i, "content": p}, ITEM, PARTS), max_size=4),
+    tools=PARTS,
+    choice=ITEM | st.builds(lambda p: {"type": "allowed_tools", "mode": "auto", "tools": p}, PARTS),
+)
+def test_junk_is_refused_and_breaks_nothing(
+    items: list[Any], tools: list[Any], choice: Any
+) -> None:
+    fields = ResponseFields(input=items, tools=tools, tool_choice=choice)
+    with suppress(BadInput, RequestValidationError):
+        fields.as_conversation(fields.items())

@@ -211,7 +211,7 @@ def head(context: Context, fields: ResponseFields, response_id: str) -> Json:
         "temperature": chosen["temperature"],
         "text": {
             "format": (text.format if text is not None else None) or {"type": "text"},
-            "verbosity": "medium",
+            "verbosity": text.verbosity if text is not None else None,
         },
         "tool_choice": fields.tool_choice or "auto",
         "tools": [

@@ -158,11 +158,11 @@ def _tool(tool: Item, where: str) -> dict[str, Any]:
         raise BadInput(
             f"{where}: type = {tool.get('type')!r}: only tools of type 'function' can be called"
         )
-    names = ("name", "description", "parameters", "strict")
-    return {
-        "type": "function",
-        "function": {name: tool[name] for name in names if tool.get(name) is not None},
-    }
+    function: dict[str, Any] = {"name": string(tool, "name", where)}
+    for name in ("description", "parameters", "strict"):
+        if tool.get(name) is not None:
+            function[name] = tool[name]
+    return {"type": "function", "function": function}
 
 
 def _chosen(
@@ -181,11 +181,11 @@ def _chosen(
     mode, allowed = choice.get("mode"), choice.get("tools")
     if mode not in ("auto", "required") or not isinstance(allowed, list):
         raise BadInput("tool_choice: allowed_tools need mode 'auto' or 'required', and 'tools'")
-    names = {one.get("name") for one in allowed if isinstance(one, Mapping)}
-    unknown = names - {tool["function"].get("name") for tool in tools}
-    if unknown:
-        raise BadInput(f"tool_choice: tool '{next(iter(unknown))}' is not among tools")
-    return [tool for tool in tools if tool["function"].get("name") in names], mode
+    names = [string(one, "name", "tool_choice.tools[]") for one in allowed]
+    for name in names:
+        if name not in [tool["function"]["name"] for tool in tools]:
+            raise BadInput(f"tool_choice: tool '{name[:100]}' is not among tools")
+    return [tool for tool in tools if tool["function"]["name"] in names], mode
 
 
 def _nested(form: Item | None) -> dict[str, Any] | None:

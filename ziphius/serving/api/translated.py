@@ -50,9 +50,9 @@ def _text(part: Any, kinds: Collection[str], where: str) -> str:
     return string(part, "text", where)
 
 
-def string(holder: Mapping[str, Any], name: str, where: str) -> str:
-    """Return a field that must be text. Raises BadInput where it is none."""
-    value = holder.get(name)
+def string(holder: Any, name: str, where: str) -> str:
+    """Return an object's field that must be text. Raises BadInput where it is none."""
+    value = holder.get(name) if isinstance(holder, Mapping) else None
     if not isinstance(value, str):
         raise BadInput(f"{where}.{name}: give a string")
     return value
