@@ -9,9 +9,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ziphius.config.errors import BadInput
-from ziphius.serving.api.conversation import MOST_MESSAGES, ConversationFields
+from ziphius.serving.api.conversation import MOST_MESSAGES, ConversationFields, results_in_order
 from ziphius.serving.api.sampling import Body, SamplingFields, Text
-from ziphius.serving.api.translated import call, conversation, results_in_order, string, texts
+from ziphius.serving.api.translated import call, conversation, string, texts
 
 # What stands where a model's arguments are no JSON object, as Anthropic advises clients to do.
 INVALID = "INVALID_JSON"

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ziphius.config.errors import BadInput
-from ziphius.serving.api.conversation import MOST_MESSAGES, ConversationFields
+from ziphius.serving.api.conversation import MOST_MESSAGES, ConversationFields, results_in_order
 from ziphius.serving.api.sampling import MOST_LOGPROBS, Body, SamplingFields, Text
-from ziphius.serving.api.translated import call, conversation, results_in_order, string, texts
+from ziphius.serving.api.translated import call, conversation, string, texts
 
 LOGPROBS = "message.output_text.logprobs"
 _ROLES = ("user", "assistant", "system", "developer")

@@ -64,33 +64,6 @@ def call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": function}
 
 
-def results_in_order(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages with the results of tools in the order of the calls that they answer.
-
-    Templates render no ids: the model knows a result by its place alone. Raises BadInput for a
-    result of no call of the message before, and for a call without a result.
-    """
-    ordered: list[dict[str, Any]] = []
-    place = 0
-    while place < len(messages):
-        message = messages[place]
-        place += 1
-        if message["role"] == "tool":
-            raise BadInput(f"a result of '{message['tool_call_id'][:100]}': no call of that id")
-        ordered.append(message)
-        results: dict[str, dict[str, Any]] = {}
-        while place < len(messages) and messages[place]["role"] == "tool":
-            results.setdefault(messages[place]["tool_call_id"], messages[place])
-            place += 1
-        for made in message.get("tool_calls", ()):
-            if made["id"] not in results:
-                raise BadInput(f"the call '{made['id'][:100]}' has no result: send one behind it")
-            ordered.append(results.pop(made["id"]))
-        for unknown in results:
-            raise BadInput(f"a result of '{unknown[:100]}': the message before has no such call")
-    return ordered
-
-
 def as_json(value: Any, what: str) -> bytes:
     """Return JSON of something that a client sent. Raises BadInput for what can't be repeated:
     text that is no Unicode, numbers beyond 64 bits, more than 250 levels.
