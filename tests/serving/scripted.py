@@ -131,6 +131,7 @@ class _Canned:
     deltas: list[Delta]
     job: Job = field(default_factory=lambda: Job(prompt_ids=[0], params=SamplingParams()))
     end: None = None
+    first: None = None  # no time is kept
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         for delta in self.deltas:
