@@ -384,6 +384,8 @@ def what_is_wrong_with_a_request_is_told(case: Case) -> None:
         {"temperature": 3}, {"temperature": "hot"}, {"n": 0}, {"messages": []}, {"top_p": 0},
         {"messages": [{"role": "nobody", "content": "x"}]}, {"messages": "hello"},
         {"logit_bias": {"1000000000": 1}}, {"max_tokens": 0}, {"stop": 3}, {"top_logprobs": 2},
+        # What no number of the model's can be multiplied by, or be added to.
+        {"logit_bias": {"5": 1e308}}, {"extra_body": {"repetition_penalty": 5e-324}},
     ]  # fmt: skip
     for given in wrong:
         error = raises(openai.BadRequestError, lambda given=given: chat(client, **given))
