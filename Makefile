@@ -9,7 +9,7 @@ TORCH := torch>=2.11,<2.14
 # Where PyTorch keeps the builds without CUDA; pip goes on without it where it cannot be reached.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: run setup test test-setup lint mutations bench clean
+.PHONY: run setup test test-chaos test-setup lint mutations bench clean
 
 run: setup
 	$(BIN)/ziphius quickstart
@@ -47,6 +47,10 @@ $(VENV)/.ready-test: $(VENV)/.ready
 
 test: test-setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Faults of the server by the thousand: what 'make test' does in short.
+test-chaos: test-setup
+	$(BIN)/python -m pytest --chaos --timeout 1800 -s tests/serving
 
 lint: test-setup
 	$(BIN)/ruff check .

@@ -26,6 +26,17 @@ settings.register_profile("ziphius", derandomize=True, deadline=None)
 settings.load_profile("ziphius")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that makes tests of faults long."""
+    parser.addoption("--chaos", action="store_true", help="thousands of faults, not dozens")
+
+
+@pytest.fixture(scope="session")
+def chaos(pytestconfig: pytest.Config) -> bool:
+    """Whether tests of faults are to take their time."""
+    return bool(pytestconfig.getoption("--chaos"))
+
+
 @pytest.fixture(autouse=True)
 def _torch_defaults() -> None:
     """Start every test from the same global generator and default dtype."""

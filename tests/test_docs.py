@@ -6,6 +6,9 @@ import re
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,17 +22,42 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def test_every_documented_command_runs_in_its_order(tmp_path: Path) -> None:
-    """One folder for all pages; a Python block runs after the commands of its page."""
+    """One folder for all pages; a Python block runs after the commands of its page.
+
+    A server, with ``&`` behind it, runs to the end of its page.
+    """
     for page in PAGES:
-        for block in blocks(page, "console"):
-            for line in block.splitlines():
-                if not line.startswith("$ "):
-                    continue
-                program, *arguments = shlex.split(line[2:])
-                assert program == "ziphius", f"{page.name}: {line}: only ziphius is run here"
-                run_in(tmp_path, [sys.executable, "-m", "ziphius", *arguments], line)
-        for block in blocks(page, "python"):
-            run_in(tmp_path, [sys.executable, "-c", block], f"{page.name}: python block")
+        with ExitStack() as servers:
+            for block in blocks(page, "console"):
+                for line in block.splitlines():
+                    if not line.startswith("$ "):
+                        continue
+                    program, *arguments = shlex.split(line[2:])
+                    assert program == "ziphius", f"{page.name}: {line}: only ziphius is run here"
+                    command = [sys.executable, "-m", "ziphius", *arguments]
+                    if arguments[-1] == "&":
+                        servers.enter_context(serving(tmp_path, command[:-1], line))
+                    else:
+                        run_in(tmp_path, command, line)
+            for block in blocks(page, "python"):
+                run_in(tmp_path, [sys.executable, "-c", block], f"{page.name}: python block")
+
+
+@contextmanager
+def serving(folder: Path, command: list[str], shown: str) -> Iterator[None]:
+    """Run a server from the moment that it is ready; it must end well when it is told to."""
+    log = folder / "server.log"
+    with log.open("w") as out, subprocess.Popen(command, cwd=folder, stderr=out) as server:
+        try:
+            ends = time.monotonic() + 240
+            while "chat page" not in log.read_text():
+                assert server.poll() is None, f"{shown}\n{log.read_text()}"
+                assert time.monotonic() < ends, f"{shown}: not ready\n{log.read_text()}"
+                time.sleep(0.1)
+            yield
+        finally:
+            server.terminate()
+        assert server.wait(60) == 0, f"{shown}\n{log.read_text()}"
 
 
 def run_in(folder: Path, command: list[str], shown: str) -> None:

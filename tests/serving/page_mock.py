@@ -24,7 +24,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 import ziphius
-from tests.serving.page_texts import ATTACK, CODE, LONG, SAMPLE
+from tests.serving.page_texts import ATTACK, CODE, FIBONACCI, LONG, SAMPLE
 
 PAGE = Path(ziphius.__file__).parent / "serving" / "page"
 POLICY = (
@@ -67,7 +67,8 @@ def guess(token: str, place: int) -> dict[str, Any]:
     return {
         "token": token, "bytes": list(token.encode()), "logprob": math.log(share),
         "top_logprobs": [
-            {"token": t, "bytes": list(t.encode()), "logprob": math.log(max(p, 1e-6))} for t, p in top
+            {"token": t, "bytes": list(t.encode()), "logprob": math.log(max(p, 1e-6))}
+            for t, p in top
         ],
     }  # fmt: skip
 
@@ -145,13 +146,13 @@ def create(mock: Mock) -> FastAPI:
             )
         if "refuse" in said:
             return error(400, "The prompt has 5000 tokens; 4096 fit.", "invalid_request_error")
-        return sse(chat_events(mock, request, body, said))
+        return sse(chat_events(mock, body, said))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         body = await request.json()
         mock.seen.append(body)
-        return sse(completion_events(mock, request, body))
+        return sse(completion_events(mock, body))
 
     return app
 
@@ -161,9 +162,7 @@ def sse(events: AsyncIterator[str]) -> StreamingResponse:
     return StreamingResponse(events, media_type="text/event-stream")
 
 
-async def chat_events(
-    mock: Mock, request: Request, body: dict[str, Any], said: str
-) -> AsyncIterator[str]:
+async def chat_events(mock: Mock, body: dict[str, Any], said: str) -> AsyncIterator[str]:
     """Yield the chunks of a chat answer."""
     thinks = (body.get("chat_template_kwargs") or {}).get("thinking") and mock.thinking != "never"
     text = answer_for(said, len(mock.seen))
@@ -208,9 +207,9 @@ async def chat_events(
         yield event(chunk({}, [], finish))
         yield event({"id": "c", "choices": [], "usage": usage(made, len(split(thoughts)))})
         yield "data: [DONE]\n\n"
-    finally:
-        if await request.is_disconnected():
-            mock.aborted += 1
+    except asyncio.CancelledError:
+        mock.aborted += 1
+        raise
 
 
 def tool_pieces() -> list[dict[str, Any]]:
@@ -255,14 +254,10 @@ def usage(made: int, thought: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def completion_events(
-    mock: Mock, request: Request, body: dict[str, Any]
-) -> AsyncIterator[str]:
+async def completion_events(mock: Mock, body: dict[str, Any]) -> AsyncIterator[str]:
     """Yield the chunks of a continuation."""
     prompt = body["prompt"]
-    text = "    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n\n\nprint(fibonacci(10))\n"
-    if not prompt.endswith("\n"):
-        text = " and so the whale went down"
+    text = FIBONACCI if prompt.endswith("\n") else " and so the whale went down"
     rate = 20 if "slow" in prompt else mock.rate
     made = 0
     for place, token in enumerate(split(text)[: body["max_tokens"]]):

@@ -1,5 +1,13 @@
 """What the mock server says."""
 
+FIBONACCI = """    if n < 2:
+        return n
+    return fibonacci(n - 1) + fibonacci(n - 2)
+
+
+print(fibonacci(10))
+"""
+
 SAMPLE = """## How a beaked whale dives
 
 *Ziphius cavirostris* holds the record among **mammals**. Three things make it possible:
@@ -75,7 +83,7 @@ ATTACK = """<script>window.hacked = 1</script>
 
 # <img src=x onerror=window.hacked=15>
 
-**[deep](JaVaScRiPt:window.hacked=16)** and &lt;script&gt; &#106;avascript: __proto__ ${window.hacked=17}
+**[deep](JaVaScRiPt:window.hacked=16)** and &lt;script&gt; &#106;avascript: ${window.hacked=17}
 {{constructor.constructor('window.hacked=18')()}}
 
 <style>body{display:none}</style><base href="https://evil.example/"><meta http-equiv="refresh" content="0;url=https://evil.example/">

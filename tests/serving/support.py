@@ -7,6 +7,7 @@ counted.
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -72,6 +73,7 @@ class ThreadRunner(Runner):
     killed: threading.Event = field(default_factory=threading.Event)
     # While set, the worker stands still before its next step or beat.
     frozen: threading.Event = field(default_factory=threading.Event)
+    standing: threading.Event = field(default_factory=threading.Event)  # it has come to that
 
     async def start(self, address: str) -> None:
         self._loop = asyncio.get_running_loop()
@@ -87,21 +89,21 @@ class ThreadRunner(Runner):
 
     def _run(self, address: str) -> None:
         context = zmq.Context()
-        socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
-        socket.connect(address)
+        line: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+        line.connect(address)
         how = "its thread ended"
         try:
             self.engine = self.make()
-            self.worker = _Stoppable(self.engine, socket, self)
+            self.worker = _Stoppable(self.engine, line, self)
             self.worker.report(Ready(describe(self.engine), 0.0))
             self.worker.run()
         except _Killed:
             how = "its thread was killed"
         except Exception as error:
             report = Failed(f"{type(error).__name__}: {error}", 1)
-            socket.send(msgspec.msgpack.encode(report))
+            line.send(msgspec.msgpack.encode(report))
         finally:
-            socket.close(linger=0 if self.killed.is_set() else 1000)
+            line.close(linger=0 if self.killed.is_set() else 1000)
             context.term()
 
             def tell() -> None:
@@ -124,7 +126,9 @@ class _Stoppable(Worker):
 
     def _listen(self) -> None:
         while self._runner.frozen.is_set() and not self._runner.killed.is_set():
+            self._runner.standing.set()
             time.sleep(0.01)
+        self._runner.standing.clear()
         if self._runner.killed.is_set():
             raise _Killed
         super()._listen()
@@ -182,9 +186,13 @@ def running(
     limits: Limits | None = None,
     profile: str = "none",
     spoil: Callable[[Application], None] = lambda application: None,
+    kernel_bytes: int = 0,
     **options: Any,
 ) -> Iterator[TestServer]:
-    """Serve the engines that ``make`` makes, until the block ends."""
+    """Serve the engines that ``make`` makes, until the block ends.
+
+    ``kernel_bytes`` bounds what the system holds of a connection's unread answer.
+    """
     runners: list[ThreadRunner] = []
 
     def runner() -> ThreadRunner:
@@ -208,6 +216,8 @@ def running(
     ready = threading.Event()
     made: list[Any] = []
     listening = bind("127.0.0.1", 0)
+    if kernel_bytes:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, kernel_bytes)
 
     def run() -> None:
         # Sockets of zmq belong to a loop: everything is made on the server's own thread.

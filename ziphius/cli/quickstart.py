@@ -193,8 +193,9 @@ def _tell(console: Console, summary: dict[str, Any], out: Path, report: Path) ->
         f"{summary['train_seconds']:.0f} s: {summary['tokens_per_s']:,.0f} tokens/s, "
         f"{summary['peak_memory_gib']:.1f} GiB at most\n"
         f"{out}: checkpoint/, metrics.jsonl, summary.json, loss.png\n"
-        f"next: {program()} generate {shlex.quote(str(out))} 'class' --temperature 0.7\n"
-        f"report: {report}",
+        f"report: {report}\n"
+        f"let it write: {program()} generate {shlex.quote(str(out))} 'class' --temperature 0.7\n"
+        f"in your browser: {program()} serve {shlex.quote(str(out))}",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -34,10 +34,7 @@ def serve(
         str | None,
         typer.Option(help="Opens the routes below /admin; also ZIPHIUS_ADMIN_KEY."),
     ] = None,
-    profile: Annotated[
-        str,
-        typer.Option(metavar="none|r1|v3-0324", help="How the model was published to be asked."),
-    ] = "none",
+    profile: options.Profile = "none",
     chat_format: Annotated[
         str | None,
         typer.Option(
@@ -63,8 +60,8 @@ def serve(
     stall_seconds: Annotated[
         float,
         typer.Option(
-            help="Without a sign of life of the engine for so long, /health is red. A large model "
-            "on a slow machine needs more for one long prompt."
+            help="Without a sign of life of the engine for so long, /health is red. It gives one "
+            "between two layers: only where a layer takes longer is more needed."
         ),
     ] = 10.0,
     cors_origin: Annotated[

@@ -134,7 +134,7 @@ class End(msgspec.Struct, array_like=True):
 
 
 class Beat(msgspec.Struct, tag="beat", array_like=True):
-    """A sign of life: after every step, and every second without one."""
+    """A sign of life: after every step, every second without one, and within a long step too."""
 
     numbers: Numbers
     parts: list[Part] = []

@@ -58,11 +58,16 @@ class Worker:
         self._decoder = msgspec.msgpack.Decoder(Command)
         self._encoder = msgspec.msgpack.Encoder()
         self._stopping = False
+        self._reported = clock()
+        for _, _, block in engine.model.blocks():
+            block.register_forward_pre_hook(self._show_life)
 
     def run(self) -> None:
         """Answer until ``Stop`` comes. Raises what broke the engine."""
-        while not self._stopping:
+        while True:
             self._listen()
+            if self._stopping:
+                return
             if self.engine.idle:
                 self.report(Beat(self._numbers()))
             else:
@@ -71,6 +76,12 @@ class Worker:
     def report(self, report: Report) -> None:
         """Send a report. Waits while the peer takes none: then nobody wants the next step."""
         self._socket.send(self._encoder.encode(report))
+        self._reported = self._clock()
+
+    def _show_life(self, *_: object) -> None:
+        """Report between two layers of a step that takes long: it goes on all the same."""
+        if self._clock() - self._reported >= BEAT_SECONDS:
+            self.report(Beat(self._numbers()))
 
     def _listen(self) -> None:
         """Take every command that has come; wait for one where there is nothing else to do."""

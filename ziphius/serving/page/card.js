@@ -11,10 +11,14 @@ export function visible(text) {
   return text.replace(/[\n\t\r]|^ +| +$/g, (run) => [...run].map((c) => NAMES[c]).join(""));
 }
 
+// Part of a character cannot be written into a text.
+const usable = (text) => text !== "" && !text.includes("\ufffd");
+
 export class Card {
   #root = el("div", { id: "card", role: "tooltip", hidden: true });
   #anchor = null;
   #closing = 0;
+  #picks = [];
 
   constructor() {
     document.body.append(this.#root);
@@ -54,7 +58,13 @@ export class Card {
     this.#anchor?.classList.remove("chosen");
     this.#anchor?.removeAttribute("aria-describedby");
     this.#anchor = null;
+    this.#picks = [];
     this.#root.hidden = true;
+  }
+
+  /** Take the alternative at place `n`, from 1, if it can be taken. */
+  pick(n) {
+    this.#picks[n - 1]?.();
   }
 
   hideSoon() {
@@ -65,7 +75,8 @@ export class Card {
   #content([text, logprob, alternatives], pick) {
     const listed = alternatives.some(([t]) => t === text) ? alternatives : [[text, logprob], ...alternatives];
     const rest = 1 - listed.reduce((sum, [, lp]) => sum + Math.exp(lp ?? -Infinity), 0);
-    const rows = listed.map(([t, lp]) => this.#row(t, lp, t === text, pick));
+    this.#picks = listed.map(([t]) => (pick && t !== text && usable(t) ? () => pick(t) : null));
+    const rows = listed.map(([t, lp], i) => this.#row(t, lp, t === text, this.#picks[i]));
     const foot = rest > 0.0005 ? `all others ${percent(Math.log(rest))}` : null;
     const note = [foot, pick ? "choose one to go on from it" : null].filter(Boolean).join(" · ");
     return [
@@ -79,9 +90,8 @@ export class Card {
     const bar = el("span", { class: "bar" });
     bar.style.setProperty("--share", `${(100 * Math.exp(logprob)).toFixed(2)}%`);
     const parts = [bar, el("code", { text: visible(text) }), el("span", { class: "share", text: percent(logprob) })];
-    const usable = pick && !chosen && text && !text.includes("\ufffd");
-    const inner = usable
-      ? el("button", { type: "button", class: "row", on: { click: () => pick(text) } }, ...parts)
+    const inner = pick
+      ? el("button", { type: "button", class: "row", on: { click: pick } }, ...parts)
       : el("span", { class: "row" }, ...parts);
     return el("li", { class: chosen ? "taken" : "" }, inner);
   }

@@ -37,6 +37,7 @@ export class Chat {
     for (const id of this.#views.keys()) if (!ids.has(id)) this.#views.delete(id);
     if (!nodes.length) {
       this.#box.replaceChildren(welcome("chat", this.#app.model, (text) => this.send(text)));
+      this.#app.follow.toStart();
       return;
     }
     const wanted = nodes.map((node) => this.#view(node).root);

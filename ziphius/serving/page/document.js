@@ -59,6 +59,9 @@ export class Document {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !event.isComposing) {
         event.preventDefault();
         this.goOn();
+      } else if (event.altKey && /^Digit[1-9]$/.test(event.code) && this.#app.card.open) {
+        event.preventDefault();
+        this.#app.card.pick(Number(event.code.at(-1)));
       }
     });
     field.addEventListener("pointermove", (event) => event.pointerType !== "touch" && this.#point(event));

@@ -24,14 +24,14 @@ export function el(tag, props = {}, ...children) {
   return node;
 }
 
-/** One picture of icons.svg, hidden from screen readers: the button around it carries the name. */
+/** One of the pictures in index.html, hidden from screen readers: the button around it carries the name. */
 export function icon(name) {
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("class", "icon");
   svg.setAttribute("aria-hidden", "true");
   svg.setAttribute("focusable", "false");
   const use = document.createElementNS(SVG, "use");
-  use.setAttribute("href", `page/icons.svg#${name}`);
+  use.setAttribute("href", `#icon-${name}`);
   svg.append(use);
   return svg;
 }

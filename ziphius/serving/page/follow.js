@@ -19,8 +19,9 @@ export class Follow {
       const shrank = box.scrollHeight < this.#height;
       top = box.scrollTop;
       this.#height = box.scrollHeight;
-      if (this.#atEnd()) this.#following = true;
-      else if (up && !shrank) this.#following = false;
+      // Up counts first: small steps up begin near the end, and must lead away from it.
+      if (up && !shrank) this.#following = false;
+      else if (this.#atEnd()) this.#following = true;
       this.#show();
     }, { passive: true });
     const leave = (event) => {
@@ -45,6 +46,13 @@ export class Follow {
   toEnd() {
     this.#following = true;
     this.grown();
+  }
+
+  /** Go to the start and stay there. */
+  toStart() {
+    this.#following = false;
+    this.#box.scrollTop = 0;
+    this.#show();
   }
 
   #atEnd() {

@@ -3,11 +3,13 @@
 const words = (text) => new Set(text.split(" "));
 
 const HASH = "#[^\\n]*";
-const SLASHES = "\\/\\/[^\\n]*|\\/\\*[\\s\\S]*?(?:\\*\\/|$)";
+// The end of the text; "$" would be the end of a line.
+const END = "(?![\\s\\S])";
+const SLASHES = `\\/\\/[^\\n]*|\\/\\*[\\s\\S]*?(?:\\*\\/|${END})`;
 const DOUBLE = '"(?:[^"\\\\\\n]|\\\\[\\s\\S])*"?';
 const SINGLE = "'(?:[^'\\\\\\n]|\\\\[\\s\\S])*'?";
 const BACKTICK = "`(?:[^`\\\\]|\\\\[\\s\\S])*`?";
-const TRIPLE = "[rRbBfFuU]{0,2}(?:\"\"\"[\\s\\S]*?(?:\"\"\"|$)|'''[\\s\\S]*?(?:'''|$))";
+const TRIPLE = `[rRbBfFuU]{0,2}(?:"""[\\s\\S]*?(?:"""|${END})|'''[\\s\\S]*?(?:'''|${END}))`;
 const NUMBER = "\\b(?:0[xX][\\da-fA-F_]+|0[bB][01_]+|0[oO][0-7_]+|\\d[\\d_]*(?:\\.[\\d_]+)?(?:[eE][+-]?\\d+)?)[a-zA-Z]{0,3}\\b";
 const NAME = "[A-Za-z_$][\\w$]*";
 
@@ -58,8 +60,8 @@ const LABELS = {
 const LIMIT = 120_000;
 
 function family(name) {
-  const key = ALIASES[name] ?? name;
-  return Object.hasOwn(LANGUAGES, key) ? key : name ? "generic" : "generic";
+  const key = Object.hasOwn(ALIASES, name) ? ALIASES[name] : name;
+  return Object.hasOwn(LANGUAGES, key) ? key : "generic";
 }
 
 /** What to call the language that a fence names `lang`. */

@@ -171,13 +171,15 @@ function brackets(source) {
   return pairs;
 }
 
-// A full stop after an address ends the sentence, not the address.
+// A full stop after an address ends the sentence, and a bracket that opened before it is not its own.
 function trimmed(url) {
+  let open = 0;
+  for (const c of url) open += c === "(" ? 1 : c === ")" ? -1 : 0;
   let end = url.length;
   for (;;) {
     const c = url[end - 1];
-    const closes = c === ")" && url.slice(0, end).split("(").length < url.slice(0, end).split(")").length;
-    if (!closes && !/[.,:;!?*_~'\]|]/.test(c)) return url.slice(0, end);
+    if (c === ")" && open < 0) open += 1;
+    else if (!/[.,:;!?*_~'\]|]/.test(c)) return url.slice(0, end);
     end -= 1;
   }
 }

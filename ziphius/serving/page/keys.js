@@ -6,15 +6,16 @@ const LIST = [
   ["Enter", "Send"],
   ["Shift + Enter", "New line"],
   ["Ctrl + Enter", "Go on with the document"],
+  ["Alt + 1", "Take the first alternative at the caret, 2 the second…"],
   ["Esc", "Stop the answer; leave the field"],
   ["↑", "Edit the last message (empty field)"],
-  ["N", "New conversation", "n"],
-  ["/", "Write", "/"],
-  ["R", "Answer again", "r"],
-  ["P", "Token probabilities", "p"],
-  ["S", "Settings", "s"],
-  ["L", "List of conversations", "l"],
-  ["?", "This list", "?"],
+  ["N", "New conversation"],
+  ["/", "Write"],
+  ["R", "Answer again"],
+  ["P", "Token probabilities"],
+  ["S", "Settings"],
+  ["L", "List of conversations"],
+  ["?", "This list"],
 ];
 
 const typing = (node) => node?.matches?.("input, textarea, select, [contenteditable]");
@@ -28,7 +29,7 @@ export function listen(acts, settings) {
     if (event.defaultPrevented || event.isComposing || document.querySelector("dialog[open]")) return;
     if (event.key === "Escape") {
       if (acts.escape()) event.preventDefault();
-      else if (typing(event.target)) event.target.blur();
+      else if (typing(event.target)) document.querySelector("#scroll").focus();
       return;
     }
     if (event.ctrlKey || event.metaKey || event.altKey || typing(event.target)) return;

@@ -99,7 +99,8 @@ class Page {
     history.replaceState(null, "", isEmpty(talk) ? location.pathname + location.search : `#${talk.id}`);
     this.chat.reset();
     this.render();
-    this.follow.toEnd();
+    if (isEmpty(talk)) this.follow.toStart();
+    else this.follow.toEnd();
     this.focusField();
   }
 
@@ -181,6 +182,10 @@ class Page {
       button("keys", "Shortcuts", showKeys, { id: "help", title: "Shortcuts (?)" }),
     );
     $("#new").addEventListener("click", () => this.begin());
+    $(".skip").addEventListener("click", (event) => {
+      event.preventDefault();
+      $("#dock textarea, #dock button").focus();
+    });
     $("#veil").addEventListener("click", () => this.#drawer(false));
   }
 
@@ -226,6 +231,12 @@ class Page {
       for (const talk of this.store.list()) if (this.runs.has(talk.id)) this.store.save(talk);
     };
     addEventListener("pagehide", keepAll);
+    // The browser ends requests before it hides the page. A visitor who stays after all is no leaver.
+    addEventListener("beforeunload", () => {
+      this.runs.leaving = true;
+      setTimeout(() => (this.runs.leaving = false), 1000);
+    });
+    addEventListener("pageshow", () => (this.runs.leaving = false));
     document.addEventListener("visibilitychange", () => document.hidden && keepAll());
     addEventListener("storage", (event) => this.#elsewhere(event));
     addEventListener("hashchange", () => {

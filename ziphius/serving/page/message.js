@@ -172,7 +172,7 @@ class Answer {
         "footer", { class: "actions" },
         switcher(this.context, this.act),
         answer.content ? copyButton("Copy answer", () => answer.content, { kind: "quiet small" }) : null,
-        busy ? null : button("again", "Answer again", this.act.again, { kind: "quiet small" }),
+        busy || (what && !what.quiet) ? null : button("again", "Answer again", this.act.again, { kind: "quiet small" }),
         el("span", { class: "stats", text: stats(answer, false) }),
       ),
     );

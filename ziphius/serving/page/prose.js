@@ -41,13 +41,18 @@ function block(b) {
   switch (b.t) {
     case "h": return el(`h${Math.min(b.level + 1, 6)}`, { class: `level-${b.level}` }, ...inline(b.text));
     case "code": return codeBlock(b.text, b.lang);
-    case "math": return el("pre", { class: "math", text: b.text, tabIndex: 0 });
+    case "math": return el("pre", { class: "math", text: bare(b.text), tabIndex: 0 });
     case "hr": return el("hr");
     case "quote": return el("blockquote", {}, ...b.blocks.map(block));
     case "list": return list(b);
     case "table": return table(b);
     default: return el("p", {}, ...inline(b.text));
   }
+}
+
+// A formula is shown as it was written, without the marks around it.
+function bare(text) {
+  return text.trim().replace(/^(\$\$|\\\[|\\\()|(\$\$|\\\]|\\\))$/g, "").trim();
 }
 
 function list({ start, loose, items }) {
@@ -83,7 +88,7 @@ function leaf(node) {
   switch (node.t) {
     case "br": return el("br");
     case "code": return el("code", { text: node.text });
-    case "math": return el("span", { class: "math", text: node.text });
+    case "math": return el("span", { class: "math", text: bare(node.text) });
     case "link": return link(node);
     default: return el(node.t, {}, ...node.kids.map(leaf));
   }

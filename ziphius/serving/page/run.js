@@ -6,6 +6,7 @@ import { ApiError, stream } from "./api.js";
 export class Runs {
   #running = new Map();
   #changed;
+  #leaving = false;
 
   /** `changed(id)` is called when a request of conversation `id` begins or ends. */
   constructor(changed) {
@@ -16,8 +17,9 @@ export class Runs {
     return this.#running.has(id);
   }
 
-  get any() {
-    return this.#running.size > 0;
+  /** Say whether the page is going away: requests that end meanwhile were interrupted, not broken. */
+  set leaving(yes) {
+    this.#leaving = yes;
   }
 
   /** Abort the request of `id`; the server stops computing when the connection closes. */
@@ -27,7 +29,7 @@ export class Runs {
 
   /**
    * Stream an answer. `onChunk(chunk, now)` gets each piece with the milliseconds since the request
-   * was sent; `onEnd(state, error)` gets "done", "stopped", "cut" or "failed" exactly once.
+   * was sent; `onEnd(state, error)` gets "done", "stopped", "interrupted", "cut" or "failed", once.
    */
   async start(id, { path, body, key, onChunk, onEnd }) {
     this.stop(id);
@@ -43,6 +45,7 @@ export class Runs {
       }
     } catch (error) {
       if (control.signal.aborted) state = "stopped";
+      else if (this.#leaving) state = "interrupted";
       else {
         const known = error instanceof ApiError ? error : new ApiError(`The page stumbled: ${error.message}`);
         state = known.kind === "cut" ? "cut" : "failed";

@@ -2,12 +2,11 @@
 
 import { el } from "./dom.js";
 
+const LEAST = [0.9, 0.7, 0.45, 0.2, 0.05, 0];
+
 /** How sure the model was of a token: 0 (all but certain) to 5 (a surprise). */
 export function doubt(logprob) {
-  const p = Math.exp(logprob ?? 0);
-  return [0.9, 0.7, 0.45, 0.2, 0.05].findIndex((least) => p >= least) === -1
-    ? 5
-    : [0.9, 0.7, 0.45, 0.2, 0.05].findIndex((least) => p >= least);
+  return LEAST.findIndex((least) => Math.exp(logprob ?? 0) >= least);
 }
 
 /** The element of one token; `token` is [text, logprob, alternatives]. */
@@ -18,13 +17,23 @@ export function tokenSpan(token, text = token[0]) {
   return span;
 }
 
-/** Show `tokens` in `container`; those already shown stay. */
+/**
+ * Show `tokens` in `container`; those already shown stay. Each line is a block of its own, so that
+ * the browser lays out one line anew for a token, not the whole answer.
+ */
 export function showTokens(container, tokens) {
-  if (container.children.length > tokens.length) container.replaceChildren();
-  const fresh = tokens.slice(container.children.length).map((token) => tokenSpan(token));
-  container.append(...fresh);
-  const first = container.firstElementChild;
-  if (first && !container.querySelector('[tabindex="0"]')) first.tabIndex = 0;
+  if ((container.shown ?? 0) > tokens.length) {
+    container.replaceChildren();
+    container.shown = 0;
+  }
+  const shown = container.shown ?? 0;
+  for (const token of tokens.slice(shown)) {
+    const last = container.lastElementChild;
+    const line = !last || last.lastElementChild.textContent.endsWith("\n") ? container.appendChild(el("div")) : last;
+    line.append(tokenSpan(token));
+  }
+  container.shown = tokens.length;
+  if (shown === 0 && container.firstElementChild) container.firstElementChild.firstElementChild.tabIndex = 0;
 }
 
 /** An empty container for tokens; the arrow keys walk through it. */
@@ -37,7 +46,7 @@ const STEPS = { ArrowLeft: -1, ArrowRight: 1 };
 function walk(event) {
   const here = event.target.closest(".token");
   if (!here || event.ctrlKey || event.metaKey || event.altKey) return;
-  const all = [...event.currentTarget.children];
+  const all = [...event.currentTarget.querySelectorAll(".token")];
   const at = all.indexOf(here);
   const to = event.key === "Home" ? 0 : event.key === "End" ? all.length - 1 : at + (STEPS[event.key] ?? NaN);
   const next = all[to];

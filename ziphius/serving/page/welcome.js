@@ -25,7 +25,7 @@ export function welcome(mode, model, use) {
   }[mode];
   const cards = samples.map(([text, note]) => el(
     "button", { type: "button", class: "sample", on: { click: () => use(text) } },
-    el("span", { class: mode === "chat" ? "" : "mono", text: text.trimEnd() }), el("small", { text: note }),
+    el("span", { class: mode === "chat" ? "" : "mono", text: text.trimEnd().replace(/\n{2,}/g, "\n") }), el("small", { text: note }),
   ));
   return el(
     "section", { class: "welcome", "aria-label": "Welcome" },
