@@ -22,6 +22,7 @@ from ziphius import __version__
 from ziphius.config.errors import ZiphiusError
 from ziphius.serving.api import about, chat, completions, messages, responses, tokens
 from ziphius.serving.api.context import Context
+from ziphius.serving.api.description import describe
 from ziphius.serving.engine import EngineProcess
 from ziphius.serving.errors import handle
 from ziphius.serving.gate import Gate, Passing
@@ -94,11 +95,19 @@ class Application:
             about.router(context, self.metrics, self.gate),
         ):
             self.fastapi.include_router(router)
+        self.fastapi.openapi = self._openapi  # type: ignore[method-assign]
         for kind in (ZiphiusError, HTTPException, RequestValidationError, Exception):
             self.fastapi.add_exception_handler(kind, handle)
         self.fastapi.add_exception_handler(ClientGone, _gone)
         if self.options.page:
             self._add_page()
+
+    def _openapi(self) -> dict[str, Any]:
+        """Return the description of the routes, made once."""
+        if self.fastapi.openapi_schema is None:
+            described = describe(FastAPI.openapi(self.fastapi), self.options)
+            self.fastapi.openapi_schema = described
+        return self.fastapi.openapi_schema
 
     def _add_page(self) -> None:
         folder = resources.files("ziphius.serving") / "page"

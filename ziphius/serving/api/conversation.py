@@ -14,6 +14,7 @@ from ziphius.inference.params import SamplingParams
 from ziphius.inference.tools import check_tools
 from ziphius.serving.answers import Answering
 from ziphius.serving.api.context import Context
+from ziphius.serving.api.documents import Spoken
 from ziphius.serving.api.sampling import SamplingFields
 from ziphius.serving.gate import Noted
 from ziphius.serving.parse import Parser
@@ -26,7 +27,7 @@ MOST_MESSAGES = 10_000
 class ConversationFields(SamplingFields):
     """A conversation, and what the model may answer with."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: list[Spoken] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[dict[str, Any]] | None = None

@@ -12,6 +12,9 @@ from ziphius.inference.params import SamplingParams
 
 Text = Annotated[str, Field(max_length=8 << 20)]
 MOST_LOGPROBS = 100
+# Bounds far beyond any use, within which logits stay finite.
+Bias = Annotated[float, Field(ge=-1e4, le=1e4)]
+LEAST_REPETITION_PENALTY = 0.01
 
 
 class Body(BaseModel):
@@ -60,14 +63,14 @@ class SamplingFields(GuideFields):
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=LEAST_REPETITION_PENALTY, le=10)
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Bias] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     skip_special_tokens: bool | None = None
