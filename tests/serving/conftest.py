@@ -8,6 +8,7 @@ import pytest
 
 from tests.serving.page_browser import ARGUMENTS, CHROMIUM, Site, Visitor, visit
 from tests.serving.page_mock import Mock, served
+from tests.serving.programs import write_checkpoint
 from tests.serving.scripted import scripted_engine
 from tests.serving.support import TestServer, make_engine, make_model, make_tokenizer, running
 from ziphius.inference.chat import ChatTemplate
@@ -121,3 +122,18 @@ def scripted(long_whale: Transformer) -> Iterator[TestServer]:
         started.until(lambda: started.application.engine.state == "ready")
         yield started
         started.until_idle()
+
+
+@pytest.fixture(scope="session")
+def home(kernel_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's home whose cache has the compiled kernels."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "ziphius").symlink_to(kernel_folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "whale")
