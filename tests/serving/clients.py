@@ -24,9 +24,7 @@ KNOWN = {
 LONG = {"prompt": "a whale", "max_tokens": 400, "ignore_eos": True, "stream": True}
 
 
-def request(
-    body: Any, path: str = "/v1/completions", *headers: str, method: str = "POST"
-) -> bytes:
+def request(body: Any, path: str = "/v1/completions", *headers: str, method: str = "POST") -> bytes:
     """Return a request's bytes; a body that is not bytes is sent as JSON."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [

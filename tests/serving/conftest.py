@@ -8,7 +8,9 @@ import pytest
 
 from tests.serving.page_browser import ARGUMENTS, CHROMIUM, Site, Visitor, visit
 from tests.serving.page_mock import Mock, served
+from tests.serving.scripted import scripted_engine
 from tests.serving.support import TestServer, make_engine, make_model, make_tokenizer, running
+from ziphius.inference.chat import ChatTemplate
 from ziphius.kernels.select import Kernels, answering_kernels
 from ziphius.model.transformer import Transformer
 
@@ -101,3 +103,21 @@ def phone(browser: Any, site: Site) -> Iterator[Visitor]:
     ):
         one.open()
         yield one
+
+
+@pytest.fixture(scope="session")
+def long_whale(fast: Kernels) -> Transformer:
+    """One with a context that has room for tools."""
+    return make_model(fast, max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="module")
+def scripted(long_whale: Transformer) -> Iterator[TestServer]:
+    """A server whose ``engine.say(...)`` sets what it answers; it thinks where it is asked to."""
+    tokenizer, template = make_tokenizer(), ChatTemplate(format="v3.1")
+    with running(
+        lambda: scripted_engine(long_whale, tokenizer), tokenizer=tokenizer, template=template
+    ) as started:
+        started.until(lambda: started.application.engine.state == "ready")
+        yield started
+        started.until_idle()

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 
 from ziphius import __version__
 from ziphius.config.errors import ZiphiusError
-from ziphius.serving.api import about, chat, completions, tokens
+from ziphius.serving.api import about, chat, completions, messages, responses, tokens
 from ziphius.serving.api.context import Context
 from ziphius.serving.api.description import describe
 from ziphius.serving.engine import EngineProcess
@@ -71,7 +71,7 @@ class Application:
             self.asgi = CORSMiddleware(
                 self.gate,
                 allow_origins=list(options.cors_origins),
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
                 expose_headers=["x-request-id", "retry-after"],
             )
@@ -89,6 +89,8 @@ class Application:
         for router in (
             chat.router(context),
             completions.router(context),
+            responses.router(context),
+            messages.router(context),
             tokens.router(context),
             about.router(context, self.metrics, self.gate),
         ):

@@ -59,19 +59,23 @@ class Worker:
         self._encoder = msgspec.msgpack.Encoder()
         self._stopping = False
         self._reported = clock()
-        for _, _, block in engine.model.blocks():
-            block.register_forward_pre_hook(self._show_life)
 
     def run(self) -> None:
         """Answer until ``Stop`` comes. Raises what broke the engine."""
-        while True:
-            self._listen()
-            if self._stopping:
-                return
-            if self.engine.idle:
-                self.report(Beat(self._numbers()))
-            else:
-                self._step()
+        blocks = [block for _, _, block in self.engine.model.blocks()]
+        hooks = [block.register_forward_pre_hook(self._show_life) for block in blocks]
+        try:
+            while True:
+                self._listen()
+                if self._stopping:
+                    return
+                if self.engine.idle:
+                    self.report(Beat(self._numbers()))
+                else:
+                    self._step()
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def report(self, report: Report) -> None:
         """Send a report. Waits while the peer takes none: then nobody wants the next step."""

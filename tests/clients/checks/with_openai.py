@@ -44,12 +44,13 @@ def strict_client(case: Case, **options: Any) -> OpenAI:
 
 def raises(kind: type[Exception], call: Callable[[], Any]) -> Any:
     """Return the error that a call raises, which must be just of this kind."""
+    error: openai.OpenAIError | None = None
     try:
         call()
-    except openai.OpenAIError as error:
-        assert type(error) is kind, f"{type(error).__name__} instead of {kind.__name__}: {error}"
-        return error
-    raise AssertionError(f"no {kind.__name__}")
+    except openai.OpenAIError as raised:
+        error = raised
+    assert type(error) is kind, f"{type(error).__name__} instead of {kind.__name__}: {error}"
+    return error
 
 
 def ascii_part(text: str, size: int = 2) -> str | None:

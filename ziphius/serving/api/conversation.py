@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -88,6 +89,9 @@ class Turn:
         fields.require_honourable()
         served = context.served
         messages = [as_known(message) for message in fields.messages]
+        # Clients that name no ids, or others, send their results in order.
+        with suppress(BadInput, KeyError, TypeError):
+            messages = results_in_order(messages)
         tools = fields.tools if fields.tool_choice != "none" else None
         prompt = await context.aside(
             characters(messages),
@@ -136,6 +140,33 @@ def as_known(message: dict[str, Any]) -> dict[str, Any]:
     if message.get("role") == "developer":
         return {**message, "role": "system"}
     return message
+
+
+def results_in_order(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with the results of tools in the order of the calls that they answer.
+
+    Templates render no ids: the model knows a result by its place alone. Raises BadInput for a
+    result of no call of the message before, and for a call without a result.
+    """
+    ordered: list[dict[str, Any]] = []
+    place = 0
+    while place < len(messages):
+        message = messages[place]
+        place += 1
+        if message["role"] == "tool":
+            raise BadInput(f"a result of '{message['tool_call_id'][:100]}': no call of that id")
+        ordered.append(message)
+        results: dict[str, dict[str, Any]] = {}
+        while place < len(messages) and messages[place]["role"] == "tool":
+            results.setdefault(messages[place]["tool_call_id"], messages[place])
+            place += 1
+        for made in message.get("tool_calls", ()):
+            if made["id"] not in results:
+                raise BadInput(f"the call '{made['id'][:100]}' has no result: send one behind it")
+            ordered.append(results.pop(made["id"]))
+        for unknown in results:
+            raise BadInput(f"a result of '{unknown[:100]}': the message before has no such call")
+    return ordered
 
 
 def characters(messages: Sequence[dict[str, Any]]) -> int:
