@@ -22,29 +22,28 @@ from ziphius.model.transformer import Transformer
 from ziphius.serving.options import Limits
 
 
-@pytest.fixture(scope="module")
-def patient(fast: Kernels) -> Transformer:
-    """A model with room for the descriptions of tools."""
-    return make_model(fast, max_position_embeddings=1024)
+def patient(kernels: Kernels) -> Transformer:
+    """Return a model with room for the descriptions of tools."""
+    return make_model(kernels, max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="module")
-def server(patient: Transformer) -> Iterator[TestServer]:
-    tokenizer = make_tokenizer()
+def server(fast: Kernels) -> Iterator[TestServer]:
+    tokenizer, model = make_tokenizer(), patient(fast)
     with running(
-        lambda: make_engine(patient, tokenizer, cache_tokens=8192), tokenizer=tokenizer
+        lambda: make_engine(model, tokenizer, cache_tokens=8192), tokenizer=tokenizer
     ) as started:
         yield started
         started.until_idle()
 
 
 @pytest.fixture(scope="module")
-def case(server: TestServer, patient: Transformer) -> Iterator[Case]:
-    """That server, and a strict one beside it."""
-    tokenizer = make_tokenizer()
+def case(server: TestServer, fast: Kernels) -> Iterator[Case]:
+    """That server, and a strict one beside it with a model of its own."""
+    tokenizer, model = make_tokenizer(), patient(fast)
     known = Case(server.url, NAME, "")
     with running(
-        lambda: make_engine(patient, tokenizer, max_running=1),
+        lambda: make_engine(model, tokenizer, max_running=1),
         tokenizer=tokenizer,
         template=ChatTemplate(format="v3.1"),
         limits=Limits(max_waiting=2, max_per_client=2, drain_seconds=2.0),

@@ -52,6 +52,30 @@ ASKED: list[tuple[str, str, str, Any, int]] = [
         200,
     ),
     ("post", "/v1/completions", "/v1/completions", {"prompt": 3}, 400),
+    ("post", "/v1/messages", "/v1/messages", {"messages": TALK, **SHORT}, 200),
+    (
+        "post", "/v1/messages", "/v1/messages",
+        {"messages": TALK, "max_tokens": 60, "tool_choice": {"type": "any"}, "tools": [
+            {"name": "dive", "input_schema": {"type": "object"}},
+        ]},
+        200,
+    ),
+    ("post", "/v1/messages", "/v1/messages", {"messages": TALK}, 400),
+    (
+        "post", "/v1/messages/count_tokens", "/v1/messages/count_tokens", {"messages": TALK}, 200,
+    ),
+    ("post", "/v1/responses", "/v1/responses", {"input": "a whale", "max_output_tokens": 3}, 200),
+    (
+        "post", "/v1/responses", "/v1/responses",
+        {"input": TALK, "max_output_tokens": 60, "tool_choice": "required", "top_logprobs": 1,
+         "include": ["message.output_text.logprobs"],
+         "tools": [{"type": "function", "name": "dive", "parameters": {"type": "object"}}]},
+        200,
+    ),
+    ("post", "/v1/responses", "/v1/responses", {"input": "a whale", "truncation": "auto"}, 400),
+    ("get", "/v1/responses/{response_id}", "/v1/responses/nobody", None, 404),
+    ("delete", "/v1/responses/{response_id}", "/v1/responses/nobody", None, 404),
+    ("post", "/v1/responses/{response_id}/cancel", "/v1/responses/nobody/cancel", None, 404),
     ("post", "/admin/cache/clear", "/admin/cache/clear", {}, 403),
     ("post", "/admin/engine/restart", "/admin/engine/restart", {}, 403),
 ]  # fmt: skip
@@ -134,6 +158,19 @@ def test_answers_are_as_documented(server: TestServer, document: Any, asked: Any
     jsonschema.Draft202012Validator(schema).validate(answer.json())
 
 
+def test_a_stored_response_is_as_documented(server: TestServer, document: Any) -> None:
+    strict = closed(document)
+    asked = {"input": "a whale", "max_output_tokens": 3, "reasoning": {"effort": "low"}}
+    with server.client() as client:
+        made = client.post("/v1/responses", json=asked).json()
+        path = f"/v1/responses/{made['id']}"
+        for method, answer in (("get", client.get(path)), ("delete", client.delete(path))):
+            operation = strict["paths"]["/v1/responses/{response_id}"][method]
+            media = operation["responses"]["200"]["content"]["application/json"]
+            schema = {**media["schema"], "components": strict["components"]}
+            jsonschema.Draft202012Validator(schema).validate(answer.json())
+
+
 def test_examples_are_answered(server: TestServer, document: Any) -> None:
     """Each route with a body shows some, and they work as they stand."""
     for method, path, operation in operations(document):
@@ -180,6 +217,6 @@ def test_keys_are_documented_where_they_are_wanted(whale: Transformer, document:
             assert ("security" in operation) == wanted, path
             assert ("401" in operation["responses"]) == wanted, path
             if wanted:
-                named = {"model": NAME}
+                named = {"model": NAME, "response_id": "resp_none"}
                 answer = client.request(method, path.format(**named), json={})
                 assert answer.status_code == 401, path

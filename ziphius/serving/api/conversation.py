@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ from ziphius.inference.params import SamplingParams
 from ziphius.inference.tools import check_tools
 from ziphius.serving.answers import Answering
 from ziphius.serving.api.context import Context
-from ziphius.serving.api.documents import Spoken
+from ziphius.serving.api.documents import NamedTool, Refused, Spoken, Tool
 from ziphius.serving.api.sampling import SamplingFields
 from ziphius.serving.gate import Noted
 from ziphius.serving.parse import Parser
@@ -30,21 +30,21 @@ class ConversationFields(SamplingFields):
     messages: list[Spoken] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = Field(None, max_length=32)
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    thinking_token_budget: int | None = Field(None, ge=0)
+    thinking_token_budget: Annotated[int | None, Refused] = Field(None, ge=0)
     # Understood, and not done.
-    audio: dict[str, Any] | None = None
+    audio: Annotated[dict[str, Any] | None, Refused] = None
     modalities: list[str] | None = None
-    functions: list[Any] | None = None
-    function_call: Any | None = None
-    web_search_options: Any | None = None
-    chat_template: str | None = None
+    functions: Annotated[list[Any] | None, Refused] = None
+    function_call: Annotated[Any | None, Refused] = None
+    web_search_options: Annotated[Any | None, Refused] = None
+    chat_template: Annotated[str | None, Refused] = None
 
     def require_honourable(self) -> None:
         """Raise BadInput for a field whose wish can't be met."""

@@ -54,6 +54,63 @@ _MESSAGE: dict[str, Any] = {
 # A message as requests hold it: any object to us, and what it should be to whoever reads.
 Spoken = Annotated[dict[str, Any], WithJsonSchema(_MESSAGE)]
 
+_TOOL: dict[str, Any] = {
+    "type": "object",
+    "required": ["type", "function"],
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "required": ["name"],
+            "properties": {
+                "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
+                "description": {"type": "string"},
+                "parameters": {"type": "object"},
+                "strict": {"type": "boolean"},
+            },
+        },
+    },
+}
+_CHOICE: dict[str, Any] = {
+    "type": "object",
+    "required": ["type", "function"],
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "required": ["name"],
+            "properties": {"name": {"type": "string"}},
+        },
+    },
+}
+_FORMAT: dict[str, Any] = {
+    "anyOf": [
+        {
+            "type": "object",
+            "required": ["type"],
+            "properties": {"type": {"enum": ["text", "json_object"]}},
+        },
+        {
+            "type": "object",
+            "required": ["type", "json_schema"],
+            "properties": {
+                "type": {"const": "json_schema"},
+                "json_schema": {
+                    "type": "object",
+                    "required": ["schema"],
+                    "properties": {"name": {"type": "string"}, "schema": {"type": "object"}},
+                },
+            },
+        },
+    ]
+}
+# What requests hold as objects of any form, and what they should be to whoever reads.
+Tool = Annotated[dict[str, Any], WithJsonSchema(_TOOL)]
+NamedTool = Annotated[dict[str, Any], WithJsonSchema(_CHOICE)]
+TextFormat = Annotated[dict[str, Any], WithJsonSchema(_FORMAT)]
+# Fields that are understood and not honoured: only null is.
+Refused = WithJsonSchema({"type": "null", "description": "Not supported."})
+
 TALK: Sequence[Mapping[str, Any]] = ({"role": "user", "content": "How deep do whales dive?"},)
 
 

@@ -10,6 +10,8 @@ from fastapi import APIRouter, Request, Response
 from ziphius.serving.answers import Answering
 from ziphius.serving.api.context import Context, guarded, new_id, noted, told
 from ziphius.serving.api.conversation import Turn
+from ziphius.serving.api.description import answers
+from ziphius.serving.api.documents_translated import AnsweredMessage, CountedTokens
 from ziphius.serving.api.messages_in import CountFields, MessageFields
 from ziphius.serving.api.messages_out import Blocks, ending, usage
 from ziphius.serving.api.shapes import json_response
@@ -24,12 +26,14 @@ def router(context: Context) -> APIRouter:
     """Return the routes."""
     routes = APIRouter(tags=["answers"])
 
-    @routes.post("/v1/messages", response_model=None)
+    @routes.post(
+        "/v1/messages", response_model=None, responses=answers(AnsweredMessage, streams=True)
+    )
     async def messages(fields: MessageFields, request: Request) -> Response:
         """Answer a conversation, streamed or whole."""
         return await Messaging(context, fields, request).answer()
 
-    @routes.post("/v1/messages/count_tokens", response_model=None)
+    @routes.post("/v1/messages/count_tokens", response_model=None, responses=answers(CountedTokens))
     async def count_tokens(fields: CountFields) -> Response:
         """Count the tokens of a conversation as the model would read it."""
         context.require_model(fields.model)

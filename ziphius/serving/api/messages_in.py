@@ -10,6 +10,7 @@ from pydantic import Field
 
 from ziphius.config.errors import BadInput
 from ziphius.serving.api.conversation import MOST_MESSAGES, ConversationFields, results_in_order
+from ziphius.serving.api.documents import TALK, shown
 from ziphius.serving.api.sampling import Body, SamplingFields, Text
 from ziphius.serving.api.translated import call, conversation, string, texts
 
@@ -54,6 +55,8 @@ class OutputFields(Body):
 
 class CountFields(SamplingFields):
     """A conversation whose tokens can be counted."""
+
+    model_config = shown({"messages": TALK})
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
     system: Text | list[dict[str, Any]] | None = None
@@ -114,6 +117,8 @@ class CountFields(SamplingFields):
 
 class MessageFields(CountFields):
     """What a message is asked for."""
+
+    model_config = shown({"messages": TALK, "max_tokens": 8})
 
     max_tokens: int = Field(ge=1)
     stop_sequences: list[str] | None = Field(None, max_length=1000)

@@ -13,6 +13,8 @@ from ziphius.config.errors import BadInput
 from ziphius.serving.answers import Answering
 from ziphius.serving.api.context import Context, guarded, new_id, noted, told
 from ziphius.serving.api.conversation import Turn
+from ziphius.serving.api.description import answers
+from ziphius.serving.api.documents_translated import Answered, Deleted
 from ziphius.serving.api.responses_in import ResponseFields
 from ziphius.serving.api.responses_out import Output, TextScores, usage
 from ziphius.serving.api.responses_store import Kept, ResponseStore
@@ -30,12 +32,12 @@ def router(context: Context) -> APIRouter:
     limits = context.options.limits
     store = ResponseStore(limits.max_stored, limits.max_stored_bytes)
 
-    @routes.post("/v1/responses", response_model=None)
+    @routes.post("/v1/responses", response_model=None, responses=answers(Answered, streams=True))
     async def responses(fields: ResponseFields, request: Request) -> Response:
         """Answer a text or a list of items, streamed or whole."""
         return await Responding(context, store, fields, request).answer()
 
-    @routes.get("/v1/responses/{response_id}", response_model=None)
+    @routes.get("/v1/responses/{response_id}", response_model=None, responses=answers(Answered))
     async def kept(response_id: str, request: Request, stream: bool = False) -> Response:
         """Give a stored response again."""
         if stream:
@@ -43,13 +45,15 @@ def router(context: Context) -> APIRouter:
         found = store.get(response_id, owner(context, request))
         return Response(found.response, media_type="application/json")
 
-    @routes.delete("/v1/responses/{response_id}", response_model=None)
+    @routes.delete("/v1/responses/{response_id}", response_model=None, responses=answers(Deleted))
     async def forget(response_id: str, request: Request) -> Response:
         """Forget a stored response."""
         store.delete(response_id, owner(context, request))
         return json_response({"id": response_id, "object": "response.deleted", "deleted": True})
 
-    @routes.post("/v1/responses/{response_id}/cancel", response_model=None)
+    @routes.post(
+        "/v1/responses/{response_id}/cancel", response_model=None, responses=answers(Answered)
+    )
     async def cancel(response_id: str, request: Request) -> Response:
         """Refuse: what is stored has ended. To end one that runs, close its connection."""
         store.get(response_id, owner(context, request))

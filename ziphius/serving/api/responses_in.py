@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ziphius.config.errors import BadInput
 from ziphius.serving.api.conversation import MOST_MESSAGES, ConversationFields, results_in_order
+from ziphius.serving.api.documents import shown
 from ziphius.serving.api.sampling import MOST_LOGPROBS, Body, SamplingFields, Text
 from ziphius.serving.api.translated import call, conversation, string, texts
 
@@ -37,6 +38,8 @@ class TextFields(Body):
 
 class ResponseFields(SamplingFields):
     """What a response is asked for, beside the fields of every route."""
+
+    model_config = shown({"input": "How deep do whales dive?", "max_output_tokens": 8})
 
     input: Text | list[dict[str, Any]] = Field(default_factory=list)
     instructions: Text | None = None

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ziphius.config.errors import BadInput
 from ziphius.inference.params import SamplingParams
+from ziphius.serving.api.documents import Refused, TextFormat
 
 Text = Annotated[str, Field(max_length=8 << 20)]
 MOST_LOGPROBS = 100
@@ -37,7 +38,7 @@ class StreamOptions(Body):
 class GuideFields(Body):
     """What the answer's text must be: OpenAI's field, and vLLM's older and newer ones."""
 
-    response_format: dict[str, Any] | None = None
+    response_format: TextFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
@@ -83,8 +84,8 @@ class SamplingFields(GuideFields):
     user: str | None = None
     # Understood, and not done: refused rather than passed over.
     best_of: int | None = None
-    use_beam_search: bool | None = None
-    kv_transfer_params: dict[str, Any] | None = None
+    use_beam_search: Annotated[bool | None, Refused] = None
+    kv_transfer_params: Annotated[dict[str, Any] | None, Refused] = None
 
     def require_honourable(self) -> None:
         """Raise BadInput for a field whose wish can't be met."""
