@@ -37,9 +37,13 @@ def server(whale: Transformer) -> Iterator[TestServer]:
         started.until_idle()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Debian's Chromium, headless."""
+    """Debian's Chromium, headless.
+
+    For a module, not longer: while Playwright runs, this thread has a running event loop, and other
+    tests could not start one.
+    """
     api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
     if CHROMIUM is None:
         pytest.skip("no Chromium here: apt install chromium")
