@@ -21,12 +21,15 @@ import ziphius
 from tests.support import random_model
 from ziphius.cli import chat as chat_module
 from ziphius.cli.app import run
+from ziphius.cli.chat import split_thinking
 from ziphius.cli.conversation import ContextFull, Conversation, Written
 from ziphius.config.errors import BadInput
 from ziphius.data.tokenizer import save_tokenizer, train_tokenizer
 from ziphius.inference.llm import LLM
 from ziphius.inference.outputs import Delta
 from ziphius.inference.params import SamplingParams
+from ziphius.inference.stop import AnswerText
+from ziphius.inference.vocabulary import Vocabulary
 
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
 LONG = 400  # tokens that the model writes before it ends
@@ -353,3 +356,19 @@ def test_ctrl_c_and_ctrl_d_and_arrows(terminal: Terminal) -> None:
     assert b"last answer: " in terminal.until(PROMPT)
     terminal.type(b"\x04")
     assert terminal.process.wait(20) == 0
+
+
+def test_thinking_is_told_from_the_answer(llm: LLM) -> None:
+    """However the answer is cut; a blank line stands between the two."""
+    assert llm.tokenizer is not None
+    ids = llm.tokenizer.encode("a\nb</think>\n\nc", add_special_tokens=False).ids
+    vocabulary = Vocabulary(llm.tokenizer)
+    text = AnswerText(vocabulary, SamplingParams(max_tokens=None))
+    cut = split_thinking(llm, "<｜Assistant｜><think>\n")
+    parts = []
+    for token in ids:
+        shown = text.push(token)
+        parts += cut(Delta(0, shown, [token], [text.offsets[-1]]))
+    parts += cut(None)
+    assert "".join(piece for thinking, piece in parts if thinking) == "a\nb\n\n"
+    assert "".join(piece for thinking, piece in parts if not thinking) == "c"

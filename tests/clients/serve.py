@@ -16,7 +16,7 @@ _URL = re.compile(r"chat page (http://\S+?)/ ")
 # The smallest recipe, two steps of it: what is answered is noise, and that is all it takes.
 _SHORT = (
     "pretrain.batch_size=2", "pretrain.micro_batch_size=1", "pretrain.sequence_length=64",
-    "run.validate_bytes=2000",
+    "run.validate_bytes=2000", "model.max_position_embeddings=1024",
 )  # fmt: skip
 
 

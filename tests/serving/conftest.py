@@ -9,7 +9,9 @@ import pytest
 from tests.serving.page_browser import ARGUMENTS, CHROMIUM, Site, Visitor, visit
 from tests.serving.page_mock import Mock, served
 from tests.serving.programs import write_checkpoint
+from tests.serving.scripted import scripted_engine
 from tests.serving.support import TestServer, make_engine, make_model, make_tokenizer, running
+from ziphius.inference.chat import ChatTemplate
 from ziphius.kernels.select import Kernels, answering_kernels
 from ziphius.model.transformer import Transformer
 
@@ -35,9 +37,13 @@ def server(whale: Transformer) -> Iterator[TestServer]:
         started.until_idle()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Debian's Chromium, headless."""
+    """Debian's Chromium, headless.
+
+    For a module, not longer: while Playwright runs, this thread has a running event loop, and other
+    tests could not start one.
+    """
     api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
     if CHROMIUM is None:
         pytest.skip("no Chromium here: apt install chromium")
@@ -102,6 +108,24 @@ def phone(browser: Any, site: Site) -> Iterator[Visitor]:
     ):
         one.open()
         yield one
+
+
+@pytest.fixture(scope="session")
+def long_whale(fast: Kernels) -> Transformer:
+    """One with a context that has room for tools."""
+    return make_model(fast, max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="module")
+def scripted(long_whale: Transformer) -> Iterator[TestServer]:
+    """A server whose ``engine.say(...)`` sets what it answers; it thinks where it is asked to."""
+    tokenizer, template = make_tokenizer(), ChatTemplate(format="v3.1")
+    with running(
+        lambda: scripted_engine(long_whale, tokenizer), tokenizer=tokenizer, template=template
+    ) as started:
+        started.until(lambda: started.application.engine.state == "ready")
+        yield started
+        started.until_idle()
 
 
 @pytest.fixture(scope="session")

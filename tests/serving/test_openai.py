@@ -8,19 +8,42 @@ import pytest
 
 from tests.clients.checks.case import Case, Check
 from tests.clients.checks.with_openai import CHECKS
-from tests.serving.support import NAME, TestServer, make_engine, make_tokenizer, running
+from tests.serving.support import (
+    NAME,
+    TestServer,
+    make_engine,
+    make_model,
+    make_tokenizer,
+    running,
+)
 from ziphius.inference.chat import ChatTemplate
+from ziphius.kernels.select import Kernels
 from ziphius.model.transformer import Transformer
 from ziphius.serving.options import Limits
 
 
+def patient(kernels: Kernels) -> Transformer:
+    """Return a model with room for the descriptions of tools."""
+    return make_model(kernels, max_position_embeddings=1024)
+
+
 @pytest.fixture(scope="module")
-def case(server: TestServer, whale: Transformer) -> Iterator[Case]:
-    """The shared server, and a strict one beside it."""
-    tokenizer = make_tokenizer()
+def server(fast: Kernels) -> Iterator[TestServer]:
+    tokenizer, model = make_tokenizer(), patient(fast)
+    with running(
+        lambda: make_engine(model, tokenizer, cache_tokens=8192), tokenizer=tokenizer
+    ) as started:
+        yield started
+        started.until_idle()
+
+
+@pytest.fixture(scope="module")
+def case(server: TestServer, fast: Kernels) -> Iterator[Case]:
+    """That server, and a strict one beside it with a model of its own."""
+    tokenizer, model = make_tokenizer(), patient(fast)
     known = Case(server.url, NAME, "")
     with running(
-        lambda: make_engine(whale, tokenizer, max_running=1),
+        lambda: make_engine(model, tokenizer, max_running=1),
         tokenizer=tokenizer,
         template=ChatTemplate(format="v3.1"),
         limits=Limits(max_waiting=2, max_per_client=2, drain_seconds=2.0),

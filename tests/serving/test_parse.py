@@ -190,6 +190,7 @@ MESSAGES = st.tuples(CLEAN, CLEAN, st.lists(st.tuples(NAMES, ARGUMENTS), max_siz
 @given(st.sampled_from(sorted(FORMATS)), MESSAGES, SEEDS)
 @example("v3", ("", "", [("function", '{"a": "`"}')]), 0)
 @example("v3.1", ("hm", "", [("function", '{"```": "<｜tool▁call▁end｜>"}')]), 0)
+@example("v3.1", ("", "", [("function", '{"a": 1}')]), 0)
 @example("r1", ("hm", "    indented", [("a", "{}"), ("a", "{}")]), 0)
 def test_a_rendered_message_comes_back(
     published: Vocabulary, name: str, message: tuple[str, str, list[tuple[str, str]]], seed: int
@@ -258,6 +259,7 @@ def test_an_answer_does_not_end_up_in_the_reasoning(vocabulary: Vocabulary) -> N
     assert parse(vocabulary, "Wal") == Parsed(content="Wal")
     assert parse(vocabulary, "hm", in_reasoning=True) == Parsed(reasoning="hm")
     assert parse(vocabulary, "</think>Wal", in_reasoning=True) == Parsed(content="Wal")
+    assert parse(vocabulary, "\n <think>hm</think>\nWal") == Parsed("hm", "Wal")
 
 
 def test_an_end_of_thinking_that_nothing_opened(vocabulary: Vocabulary) -> None:
@@ -316,6 +318,14 @@ def test_an_answer_cut_by_its_length_gives_what_is_there(
             seen.add(made.arguments)
     assert {"", arguments} < seen
     assert len(seen) > 5
+
+
+@pytest.mark.parametrize("spell", [fenced, plain])
+def test_a_string_cut_by_the_length_keeps_its_end(vocabulary: Vocabulary, spell: Any) -> None:
+    """Blanks and a fence inside a string are its own."""
+    for arguments in ('{"a": "hm \n', '{"a": "hm```', '{"a": "```json\n'):
+        text = spell("dive", arguments).partition(arguments)[0] + arguments
+        assert parse(vocabulary, text).calls == (Call("dive", arguments),)
 
 
 def test_calls_in_the_middle_of_reasoning(vocabulary: Vocabulary) -> None:

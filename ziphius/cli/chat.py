@@ -30,6 +30,8 @@ COMMANDS = {
     "/stats": "tell how fast the last answer came, and why",
     "/exit": "leave, as Ctrl-D does",
 }
+# For talking, where nobody says otherwise.
+CALM = {"temperature": 0.6, "top_p": 0.95}
 LEAVE = "/exit or Ctrl-D leaves"
 
 
@@ -39,14 +41,23 @@ def chat(
     max_tokens: Annotated[
         int, typer.Option(min=0, help="The most tokens of an answer; 0: the context's end.")
     ] = 2048,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.6,
+    profile: options.Profile = "none",
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="0 always takes the likeliest token; by default what the profile says, else the "
+            "checkpoint, else 0.6 and the likeliest up to 0.95."
+        ),
+    ] = None,
     top_p: Annotated[
-        float, typer.Option(help="Sample among the likeliest, up to this sum.")
-    ] = 0.95,
-    top_k: Annotated[int, typer.Option(help="Sample among so many likeliest; 0: all.")] = 0,
+        float | None, typer.Option(help="Sample among the likeliest, up to this sum.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample among so many likeliest; 0: all.")
+    ] = None,
     min_p: Annotated[
-        float, typer.Option(help="Sample among those this share as likely as the likeliest.")
-    ] = 0.0,
+        float | None, typer.Option(help="Sample among those this share as likely as the likeliest.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Repeats a conversation.")] = None,
     thinking: Annotated[
         bool | None,
@@ -69,15 +80,25 @@ def chat(
 
     From a file, a message a line: ziphius chat runs/quickstart < messages.txt
     """
+    from ziphius.checkpoint.folder import checkpoint_folder
     from ziphius.cli.conversation import Conversation
     from ziphius.config.errors import BadInput
     from ziphius.inference.llm import LLM
     from ziphius.inference.params import SamplingParams
+    from ziphius.serving.profiles import profile as find_profile
+    from ziphius.serving.profiles import read_generation_config
 
+    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    named = find_profile(profile)
     params = SamplingParams(
-        max_tokens=max_tokens or None, temperature=temperature, top_p=top_p, top_k=top_k,
-        min_p=min_p, seed=seed,
-    )  # fmt: skip
+        **{
+            **named.sampling(
+                asked, {**CALM, **read_generation_config(checkpoint_folder(checkpoint))}
+            ),
+            "max_tokens": max_tokens or None,
+            "seed": seed,
+        }
+    )
     with _loading(str(checkpoint)):
         llm = LLM(
             checkpoint, dtype=dtype, mtp=not without_mtp, fast_math=fast_math, kernels=kernels,
@@ -86,20 +107,38 @@ def chat(
         )  # fmt: skip
     if llm.tokenizer is None:
         raise BadInput(f"{checkpoint}: no tokenizer.json beside the weights: add the model's own")
-    chosen: dict[str, Any] = {}
-    if thinking is not None:
-        # Templates know it under either name.
-        chosen = {"thinking": thinking, "enable_thinking": thinking}
-    _Chat(Conversation(llm, params, system, **chosen)).run()
+    chosen = {} if thinking is None else {"thinking": thinking}
+    _Chat(Conversation(llm, params, system, named, **chosen)).run()
 
 
 def split_thinking(llm: LLM, prompt: str) -> Callable[[Delta | None], list[tuple[bool, str]]]:
     """Return a function that cuts an answer, step by step, into (is thinking, text); None ends it.
 
-    All of it is text until the parser of ``serving/parse.py`` is there to take this place: it
-    needs the tokenizer's marks, and whether the prompt has opened the thinking.
+    A blank line is put between thinking and what follows.
     """
-    return lambda delta: [] if delta is None else [(False, delta.text)]
+    from ziphius.inference.formats import opens_reasoning
+    from ziphius.serving.parse import Markers, Parser
+
+    assert llm.tokenizer is not None, "checked before the first prompt"
+    parser = Parser(Markers.of(llm.tokenizer), in_reasoning=opens_reasoning(prompt), tools=False)
+    was_thinking = False
+
+    def cut(delta: Delta | None) -> list[tuple[bool, str]]:
+        nonlocal was_thinking
+        if delta is None:
+            pieces = parser.finish()
+        else:
+            pieces = parser.push(delta.text, delta.token_ids, delta.offsets)
+        parts = []
+        for piece in pieces:
+            thinking = piece.kind == "reasoning"
+            if was_thinking and not thinking:
+                parts.append((True, "\n\n"))
+            was_thinking = thinking
+            parts.append((thinking, piece.text))
+        return parts
+
+    return cut
 
 
 def _loading(name: str) -> Any:

@@ -12,6 +12,7 @@ from ziphius.inference.chat import Message
 from ziphius.inference.llm import LLM
 from ziphius.inference.outputs import Delta
 from ziphius.inference.params import SamplingParams
+from ziphius.serving.profiles import Profile
 
 Show = Callable[[Delta | None], None]
 Stopped = Callable[[], bool]
@@ -54,8 +55,17 @@ class Conversation:
     is taken back. Each answer of a seeded conversation has a seed of its own.
     """
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str = "", **options: Any) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        system: str = "",
+        profile: Profile | None = None,
+        **options: Any,
+    ) -> None:
+        """``options`` are the chat template's; ``profile`` is how the model wants to be asked."""
         self.llm, self.params, self.system, self.options = llm, params, system, options
+        self.profile = profile or Profile()
         self.turns: list[Message] = []
         self.written: list[Written] = []
         self.used = 0  # tokens of the turns, as they were last read and written
@@ -98,7 +108,9 @@ class Conversation:
         self, turns: list[Message], stopped: Stopped, begin: Callable[[str], Show]
     ) -> Written:
         head = [{"role": "system", "content": self.system}] if self.system else []
-        text, ids = self.llm.encode(self.llm.encode_chat([*head, *turns], **self.options))
+        template = self.llm.chat_template
+        rendered = self.profile.render(template, [*head, *turns], **self.options)
+        text, ids = self.llm.encode(self.llm.encode_rendered(rendered))
         left = self.room - len(ids)
         if left < 1:
             raise ContextFull(

@@ -87,3 +87,7 @@ Memory = Annotated[
         metavar="SIZE", help="With --plan: the memory to plan for, by default what is free here."
     ),
 ]
+Profile = Annotated[
+    str,
+    typer.Option(metavar="none|r1|v3-0324", help="How the model was published to be asked."),
+]

@@ -34,10 +34,7 @@ def serve(
         str | None,
         typer.Option(help="Opens the routes below /admin; also ZIPHIUS_ADMIN_KEY."),
     ] = None,
-    profile: Annotated[
-        str,
-        typer.Option(metavar="none|r1|v3-0324", help="How the model was published to be asked."),
-    ] = "none",
+    profile: options.Profile = "none",
     chat_format: Annotated[
         str | None,
         typer.Option(

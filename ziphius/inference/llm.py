@@ -213,7 +213,10 @@ class LLM:
 
     def encode_chat(self, messages: Sequence[Message], **options: Any) -> dict[str, Any]:
         """Return a conversation as a prompt: its text, and its tokens with one first token."""
-        text = self.chat_template.render(messages, **options)
+        return self.encode_rendered(self.chat_template.render(messages, **options))
+
+    def encode_rendered(self, text: str) -> dict[str, Any]:
+        """Return a conversation that a template has rendered as a prompt, with one first token."""
         ids = self._tokens_of(text)
         first = self.model.config.bos_token_id
         return {"prompt": text, "prompt_token_ids": ids if ids[:1] == [first] else [first, *ids]}

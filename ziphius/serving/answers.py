@@ -114,12 +114,13 @@ class Answering:
 
     async def _events(self) -> AsyncIterator[Event]:
         async for delta in self._stream:
-            if delta.error is not None:
-                if delta.token_ids:  # what came before it
-                    yield self._event(replace(delta, finish_reason=None))
-                self._noted.finish = "error"
-                raise self._failure(delta.error)
-            yield self._event(delta)
+            if delta.error is None:
+                yield self._event(delta)
+                continue
+            self._noted.finish = "error"
+            if delta.token_ids or delta.text:  # what came before it broke off
+                yield self._event(replace(delta, finish_reason=None))
+            raise self._failure(delta.error)
         self._end()
 
     def _failure(self, reason: str) -> Exception:

@@ -20,8 +20,9 @@ from starlette.types import ASGIApp
 
 from ziphius import __version__
 from ziphius.config.errors import ZiphiusError
-from ziphius.serving.api import about, chat, completions, tokens
+from ziphius.serving.api import about, chat, completions, messages, responses, tokens
 from ziphius.serving.api.context import Context
+from ziphius.serving.api.description import describe
 from ziphius.serving.engine import EngineProcess
 from ziphius.serving.errors import handle
 from ziphius.serving.gate import Gate, Passing
@@ -70,7 +71,7 @@ class Application:
             self.asgi = CORSMiddleware(
                 self.gate,
                 allow_origins=list(options.cors_origins),
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
                 expose_headers=["x-request-id", "retry-after"],
             )
@@ -88,15 +89,25 @@ class Application:
         for router in (
             chat.router(context),
             completions.router(context),
+            responses.router(context),
+            messages.router(context),
             tokens.router(context),
             about.router(context, self.metrics, self.gate),
         ):
             self.fastapi.include_router(router)
+        self.fastapi.openapi = self._openapi  # type: ignore[method-assign]
         for kind in (ZiphiusError, HTTPException, RequestValidationError, Exception):
             self.fastapi.add_exception_handler(kind, handle)
         self.fastapi.add_exception_handler(ClientGone, _gone)
         if self.options.page:
             self._add_page()
+
+    def _openapi(self) -> dict[str, Any]:
+        """Return the description of the routes, made once."""
+        if self.fastapi.openapi_schema is None:
+            described = describe(FastAPI.openapi(self.fastapi), self.options)
+            self.fastapi.openapi_schema = described
+        return self.fastapi.openapi_schema
 
     def _add_page(self) -> None:
         folder = resources.files("ziphius.serving") / "page"

@@ -85,11 +85,11 @@ class CallReader:
         text, kind = self._text.lstrip(BLANKS), self._head.strip(BLANKS)
         if not text:
             return
-        if kind and (kind != "function" or text[0] in "{["):
+        if kind not in ("", "function"):
             self.name = kind
         elif (match := _NAME.match(text)) and match.end() < len(text):
             self.name, self._text = match[0].strip(BLANKS), text[match.end() :]
-        elif match is None:
+        elif match is None:  # arguments at once: V3.1's spelling of a tool named "function"
             self.name = kind
 
     def _read(self) -> None:

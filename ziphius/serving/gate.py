@@ -99,7 +99,7 @@ class Gate:
         path, limits = scope["path"], self._options.limits
         if path in ALWAYS:
             return _Counted(Counter(), "")
-        key = _bearer(scope)
+        key = bearer(scope)
         self._check_key(path, key)
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down", retry=5)
@@ -194,6 +194,7 @@ class Passing:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = [*message.get("headers", []), (b"x-request-id", self.id.encode())]
+            headers.append((b"request-id", self.id.encode()))  # where Anthropic's clients look
             headers.append((b"x-content-type-options", b"nosniff"))
             message = {**message, "headers": headers}
         await self._send(message)
@@ -232,7 +233,7 @@ def _request_id(scope: Scope) -> str:
     return f"req-{secrets.token_hex(12)}"
 
 
-def _bearer(scope: Scope) -> str:
+def bearer(scope: Scope) -> str:
     """Return the key of a request, as OpenAI's clients send it, or Anthropic's; else nothing."""
     for name, value in scope["headers"]:
         if name == b"authorization" and value[:7].lower() == b"bearer ":

@@ -24,6 +24,9 @@ class Limits:
     # Requests of every kind that are open at once, idle chat pages not counted.
     max_open: int = 2048
     max_body_bytes: int = 8 << 20
+    # Responses that are kept to be gone on from; the ones used longest ago make room.
+    max_stored: int = 1024
+    max_stored_bytes: int = 64 << 20
     # Of a request's line and headers.
     max_head_bytes: int = 64 << 10
     # To send the head, and the body; to answer; for a client that takes nothing of its answer.

@@ -59,11 +59,11 @@ class Worker:
         self._encoder = msgspec.msgpack.Encoder()
         self._stopping = False
         self._reported = clock()
-        blocks = (block for _, _, block in engine.model.blocks())
-        self._hooks = [block.register_forward_pre_hook(self._show_life) for block in blocks]
 
     def run(self) -> None:
         """Answer until ``Stop`` comes. Raises what broke the engine."""
+        blocks = [block for _, _, block in self.engine.model.blocks()]
+        hooks = [block.register_forward_pre_hook(self._show_life) for block in blocks]
         try:
             while True:
                 self._listen()
@@ -74,7 +74,7 @@ class Worker:
                 else:
                     self._step()
         finally:
-            for hook in self._hooks:  # the model may outlive the line
+            for hook in hooks:
                 hook.remove()
 
     def report(self, report: Report) -> None:

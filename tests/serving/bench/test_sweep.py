@@ -52,6 +52,12 @@ def test_a_closed_loop_keeps_so_many_at_a_time(streams: int) -> None:
     assert sorted(asked) == sorted(PROMPTS[n % 3].value for n in range(7))
 
 
+def test_no_limit_of_the_client_hides_the_load() -> None:
+    with Mock(lambda a: good(["one"], gap=0.5)) as mock:
+        (summary,), _ = swept(mock, [Level(130, concurrency=130)])
+    assert (mock.most, summary.answered) == (130, 130)
+
+
 def test_an_open_loop_does_not_wait_for_answers() -> None:
     with Mock(lambda a: good(gap=0.1)) as mock:  # an answer takes 0.6 s
         (summary,), _ = swept(mock, [Level(20, rate=50.0)], seed=3)

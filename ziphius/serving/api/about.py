@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel
 
 from ziphius.serving.api.context import Context
+from ziphius.serving.api.description import answers
+from ziphius.serving.api.documents import Cleared, Health, Model, Models, Readiness, Restarting
 from ziphius.serving.api.shapes import json_response
 from ziphius.serving.errors import ApiError
 from ziphius.serving.gate import Gate
@@ -18,42 +22,42 @@ def router(context: Context, metrics: Metrics, gate: Gate) -> APIRouter:
     routes = APIRouter(tags=["server"])
     engine = context.engine
 
-    @routes.get("/v1/models", response_model=None)
+    @routes.get("/v1/models", response_model=None, responses=answers(Models))
     async def models() -> Response:
         """List the one model."""
         return json_response({"object": "list", "data": [card(context)]})
 
-    @routes.get("/v1/models/{model:path}", response_model=None)
+    @routes.get("/v1/models/{model:path}", response_model=None, responses=answers(Model))
     async def model(model: str) -> Response:
         """Describe the model."""
         context.require_model(model)
         return json_response(card(context))
 
-    @routes.get("/health", response_model=None)
+    @routes.get("/health", response_model=None, responses=_either(Health))
     async def health() -> Response:
         """Say whether the engine answers. 503 while it loads, and when it stands still."""
         state = engine.state
         body = {"status": "ok" if state == "ready" else state, "detail": engine.why(state)}
         return json_response(body, status=200 if state == "ready" else 503)
 
-    @routes.get("/ready", response_model=None)
+    @routes.get("/ready", response_model=None, responses=_either(Readiness))
     async def ready() -> Response:
         """Say whether new requests are taken: no longer once the server shuts down."""
         state = "draining" if gate.draining else engine.state
         return json_response({"status": state}, status=200 if state == "ready" else 503)
 
-    @routes.get("/metrics", response_model=None)
+    @routes.get("/metrics", response_model=None, response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Give the numbers that Prometheus reads."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @routes.post("/admin/cache/clear", response_model=None)
+    @routes.post("/admin/cache/clear", response_model=None, responses=answers(Cleared))
     async def clear(request: Request) -> Response:
         """Drop the cached prefixes that nobody uses."""
         engine.forget()
         return json_response({"cleared": True})
 
-    @routes.post("/admin/engine/restart", response_model=None)
+    @routes.post("/admin/engine/restart", response_model=None, responses=answers(Restarting))
     async def restart(request: Request) -> Response:
         """Start the engine again; what runs ends with an error."""
         if engine.runner is None:
@@ -62,6 +66,11 @@ def router(context: Context, metrics: Metrics, gate: Gate) -> APIRouter:
         return json_response({"restarting": True})
 
     return routes
+
+
+def _either(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Return the responses of a route that says no with the same shape."""
+    return {**answers(model), 503: {"model": model, "description": "Not now."}}
 
 
 def card(context: Context) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from ziphius.serving.answers import Answering, Collected, Event, Usage
 from ziphius.serving.api import logprobs as logprob_shapes
 from ziphius.serving.api.context import Context, guarded, new_id, noted, told
 from ziphius.serving.api.conversation import ConversationFields, Turn
+from ziphius.serving.api.description import answers
+from ziphius.serving.api.documents import TALK, ChatCompletion, shown
 from ziphius.serving.api.sampling import MOST_LOGPROBS
 from ziphius.serving.api.shapes import json_response
 from ziphius.serving.parse import Parsed, Piece, collect
@@ -23,6 +25,8 @@ from ziphius.serving.sse import DONE, EventStream, data, until_gone
 
 class ChatFields(ConversationFields):
     """A chat's fields, beside those of every conversation."""
+
+    model_config = shown({"messages": TALK, "max_tokens": 8})
 
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -38,7 +42,11 @@ def router(context: Context) -> APIRouter:
     """Return the route."""
     routes = APIRouter(tags=["answers"])
 
-    @routes.post("/v1/chat/completions", response_model=None)
+    @routes.post(
+        "/v1/chat/completions",
+        response_model=None,
+        responses=answers(ChatCompletion, streams=True),
+    )
     async def chat_completions(fields: ChatFields, request: Request) -> Response:
         """Answer a conversation, streamed or whole."""
         return await Chat(context, fields, request).answer()

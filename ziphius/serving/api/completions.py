@@ -15,8 +15,10 @@ from ziphius.config.errors import BadInput
 from ziphius.inference.logprobs import Scored
 from ziphius.inference.params import SamplingParams
 from ziphius.serving.answers import Answering, Collected, Event, Usage, begin_all, merged
+from ziphius.serving.api import documents
 from ziphius.serving.api import logprobs as logprob_shapes
 from ziphius.serving.api.context import Context, guarded, new_id, noted, told
+from ziphius.serving.api.description import answers
 from ziphius.serving.api.sampling import MOST_LOGPROBS, SamplingFields, Text
 from ziphius.serving.api.shapes import json_response
 from ziphius.serving.link import Job
@@ -29,6 +31,8 @@ MOST_PROMPTS = 128
 
 class CompletionFields(SamplingFields):
     """A completion's fields, beside those of every route."""
+
+    model_config = documents.shown({"prompt": "def double(x):", "max_tokens": 8})
 
     prompt: Text | list[Text] | list[int] | list[list[int]]
     suffix: Text | None = None
@@ -60,7 +64,11 @@ def router(context: Context) -> APIRouter:
     """Return the route."""
     routes = APIRouter(tags=["answers"])
 
-    @routes.post("/v1/completions", response_model=None)
+    @routes.post(
+        "/v1/completions",
+        response_model=None,
+        responses=answers(documents.Completion, streams=True),
+    )
     async def completions(fields: CompletionFields, request: Request) -> Response:
         """Go on with one or several prompts, streamed or whole."""
         return await Completion(context, fields, request).answer()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -13,6 +14,7 @@ from ziphius.inference.params import SamplingParams
 from ziphius.inference.tools import check_tools
 from ziphius.serving.answers import Answering
 from ziphius.serving.api.context import Context
+from ziphius.serving.api.documents import NamedTool, Refused, Spoken, Tool
 from ziphius.serving.api.sampling import SamplingFields
 from ziphius.serving.gate import Noted
 from ziphius.serving.parse import Parser
@@ -25,24 +27,24 @@ MOST_MESSAGES = 10_000
 class ConversationFields(SamplingFields):
     """A conversation, and what the model may answer with."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: list[Spoken] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = Field(None, max_length=32)
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    thinking_token_budget: int | None = Field(None, ge=0)
+    thinking_token_budget: Annotated[int | None, Refused] = Field(None, ge=0)
     # Understood, and not done.
-    audio: dict[str, Any] | None = None
+    audio: Annotated[dict[str, Any] | None, Refused] = None
     modalities: list[str] | None = None
-    functions: list[Any] | None = None
-    function_call: Any | None = None
-    web_search_options: Any | None = None
-    chat_template: str | None = None
+    functions: Annotated[list[Any] | None, Refused] = None
+    function_call: Annotated[Any | None, Refused] = None
+    web_search_options: Annotated[Any | None, Refused] = None
+    chat_template: Annotated[str | None, Refused] = None
 
     def require_honourable(self) -> None:
         """Raise BadInput for a field whose wish can't be met."""
@@ -87,6 +89,9 @@ class Turn:
         fields.require_honourable()
         served = context.served
         messages = [as_known(message) for message in fields.messages]
+        # Clients that name no ids, or others, send their results in order.
+        with suppress(BadInput, KeyError, TypeError):
+            messages = results_in_order(messages)
         tools = fields.tools if fields.tool_choice != "none" else None
         prompt = await context.aside(
             characters(messages),
@@ -135,6 +140,33 @@ def as_known(message: dict[str, Any]) -> dict[str, Any]:
     if message.get("role") == "developer":
         return {**message, "role": "system"}
     return message
+
+
+def results_in_order(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with the results of tools in the order of the calls that they answer.
+
+    Templates render no ids: the model knows a result by its place alone. Raises BadInput for a
+    result of no call of the message before, and for a call without a result.
+    """
+    ordered: list[dict[str, Any]] = []
+    place = 0
+    while place < len(messages):
+        message = messages[place]
+        place += 1
+        if message["role"] == "tool":
+            raise BadInput(f"a result of '{message['tool_call_id'][:100]}': no call of that id")
+        ordered.append(message)
+        results: dict[str, dict[str, Any]] = {}
+        while place < len(messages) and messages[place]["role"] == "tool":
+            results.setdefault(messages[place]["tool_call_id"], messages[place])
+            place += 1
+        for made in message.get("tool_calls", ()):
+            if made["id"] not in results:
+                raise BadInput(f"the call '{made['id'][:100]}' has no result: send one behind it")
+            ordered.append(results.pop(made["id"]))
+        for unknown in results:
+            raise BadInput(f"a result of '{unknown[:100]}': the message before has no such call")
+    return ordered
 
 
 def characters(messages: Sequence[dict[str, Any]]) -> int:

@@ -9,9 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ziphius.config.errors import BadInput
 from ziphius.inference.params import SamplingParams
+from ziphius.serving.api.documents import Refused, TextFormat
 
 Text = Annotated[str, Field(max_length=8 << 20)]
 MOST_LOGPROBS = 100
+# Bounds far beyond any use, within which logits stay finite.
+Bias = Annotated[float, Field(ge=-1e4, le=1e4)]
+LEAST_REPETITION_PENALTY = 0.01
 
 
 class Body(BaseModel):
@@ -34,7 +38,7 @@ class StreamOptions(Body):
 class GuideFields(Body):
     """What the answer's text must be: OpenAI's field, and vLLM's older and newer ones."""
 
-    response_format: dict[str, Any] | None = None
+    response_format: TextFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
@@ -60,14 +64,14 @@ class SamplingFields(GuideFields):
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=LEAST_REPETITION_PENALTY, le=10)
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Bias] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     skip_special_tokens: bool | None = None
@@ -80,8 +84,8 @@ class SamplingFields(GuideFields):
     user: str | None = None
     # Understood, and not done: refused rather than passed over.
     best_of: int | None = None
-    use_beam_search: bool | None = None
-    kv_transfer_params: dict[str, Any] | None = None
+    use_beam_search: Annotated[bool | None, Refused] = None
+    kv_transfer_params: Annotated[dict[str, Any] | None, Refused] = None
 
     def require_honourable(self) -> None:
         """Raise BadInput for a field whose wish can't be met."""

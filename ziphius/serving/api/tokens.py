@@ -10,6 +10,15 @@ from pydantic import Field
 from ziphius.config.errors import BadInput
 from ziphius.serving.api.context import Context
 from ziphius.serving.api.conversation import characters
+from ziphius.serving.api.description import answers
+from ziphius.serving.api.documents import (
+    TALK,
+    Detokenized,
+    Spoken,
+    TokenizerInfo,
+    Tokens,
+    shown,
+)
 from ziphius.serving.api.sampling import Body, Text
 from ziphius.serving.api.shapes import json_response
 
@@ -17,9 +26,11 @@ from ziphius.serving.api.shapes import json_response
 class TokenizeFields(Body):
     """A text, or a conversation."""
 
+    model_config = shown({"prompt": "whales dive"}, {"messages": TALK})
+
     model: str | None = None
     prompt: Text | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[Spoken] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -30,6 +41,8 @@ class TokenizeFields(Body):
 class DetokenizeFields(Body):
     """Token ids."""
 
+    model_config = shown({"tokens": [0, 5]})
+
     model: str | None = None
     tokens: list[int] = Field(max_length=1_000_000)
 
@@ -39,7 +52,7 @@ def router(context: Context) -> APIRouter:
     routes = APIRouter(tags=["tokens"])
     served = context.served
 
-    @routes.post("/tokenize", response_model=None)
+    @routes.post("/tokenize", response_model=None, responses=answers(Tokens))
     async def tokenize(fields: TokenizeFields) -> Response:
         """Cut a text, or a conversation, into tokens."""
         context.require_model(fields.model)
@@ -67,13 +80,13 @@ def router(context: Context) -> APIRouter:
             body["token_strs"] = [served.spell(token)[0] for token in ids]
         return json_response(body)
 
-    @routes.post("/detokenize", response_model=None)
+    @routes.post("/detokenize", response_model=None, responses=answers(Detokenized))
     async def detokenize(fields: DetokenizeFields) -> Response:
         """Put tokens together to text."""
         context.require_model(fields.model)
         return json_response({"prompt": served.text(fields.tokens)})
 
-    @routes.get("/tokenizer_info", response_model=None)
+    @routes.get("/tokenizer_info", response_model=None, responses=answers(TokenizerInfo))
     async def tokenizer_info() -> Response:
         """Name the special tokens and the chat template."""
         link = context.engine.link
