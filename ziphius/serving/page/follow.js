@@ -1,11 +1,16 @@
 // Keeping the newest text in view, until the reader scrolls up.
 
 const NEAR = 48;
+// Milliseconds after leaving in which word of earlier scrolling to the end may still arrive.
+const SETTLE = 200;
+const UP = new Set(["ArrowUp", "PageUp", "Home"]);
 
 export class Follow {
   #box;
   #jump;
   #following = true;
+  #held = false;
+  #left = -SETTLE;
   #height = 0;
 
   /** `box` scrolls; `jump` is the button that leads back to its end. */
@@ -15,19 +20,28 @@ export class Follow {
     let top = 0;
     box.addEventListener("scroll", () => {
       const up = box.scrollTop < top - 1;
+      const down = box.scrollTop > top;
       // Shrinking content also moves the position up; that is not the reader's doing.
       const shrank = box.scrollHeight < this.#height;
       top = box.scrollTop;
       this.#height = box.scrollHeight;
-      // Up counts first: small steps up begin near the end, and must lead away from it.
-      if (up && !shrank) this.#following = false;
-      else if (this.#atEnd()) this.#following = true;
+      // Small steps up begin near the end and must lead away from it: only a way down leads back.
+      if (up && !shrank) this.#leave();
+      else if (down && this.#atEnd() && performance.now() - this.#left > SETTLE) this.#following = true;
       this.#show();
     }, { passive: true });
-    const leave = (event) => {
-      if (event.deltaY < 0 && box.scrollHeight > box.clientHeight) this.#following = false;
+    // These come before the scrolling they cause; without them the two would fight over a frame.
+    const leave = (away) => (event) => {
+      if (away(event) && box.scrollHeight > box.clientHeight) this.#leave();
     };
-    box.addEventListener("wheel", leave, { passive: true });
+    box.addEventListener("wheel", leave((event) => event.deltaY < 0), { passive: true });
+    box.addEventListener("keydown", leave(({ key, target }) => UP.has(key) && !target.closest("textarea")));
+    const hold = (held) => () => {
+      this.#held = held;
+      if (!held) this.#following = this.#atEnd();
+    };
+    box.addEventListener("touchstart", hold(true), { passive: true });
+    for (const end of ["touchend", "touchcancel"]) box.addEventListener(end, hold(false), { passive: true });
     jump.addEventListener("click", () => {
       this.toEnd();
       jump.blur();
@@ -38,7 +52,7 @@ export class Follow {
   /** The content has grown: go along if the reader was at the end. */
   grown() {
     this.#height = this.#box.scrollHeight;
-    if (this.#following) this.#box.scrollTop = this.#box.scrollHeight;
+    if (this.#following && !this.#held) this.#box.scrollTop = this.#box.scrollHeight;
     this.#show();
   }
 
@@ -53,6 +67,11 @@ export class Follow {
     this.#following = false;
     this.#box.scrollTop = 0;
     this.#show();
+  }
+
+  #leave() {
+    this.#following = false;
+    this.#left = performance.now();
   }
 
   #atEnd() {
