@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.page_browser import Site, Visitor, visit
+from tests.serving.page.browser import Site, Visitor, visit
 
 api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
 expect = api.expect

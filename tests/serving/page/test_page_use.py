@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.page_browser import Visitor, saved
+from tests.serving.page.browser import Visitor, saved
 
 api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
 expect = api.expect
