@@ -45,7 +45,10 @@ def scripted(long_whale: Transformer) -> Iterator[TestServer]:
     """A server whose ``engine.say(...)`` sets what it answers; it thinks where it is asked to."""
     tokenizer, template = make_tokenizer(), ChatTemplate(format="v3.1")
     with running(
-        lambda: scripted_engine(long_whale, tokenizer), tokenizer=tokenizer, template=template
+        lambda: scripted_engine(long_whale, tokenizer),
+        tokenizer=tokenizer,
+        template=template,
+        chats=True,
     ) as started:
         started.until(lambda: started.application.engine.state == "ready")
         yield started
