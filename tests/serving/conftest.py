@@ -8,6 +8,7 @@ import pytest
 
 from tests.serving.page_browser import ARGUMENTS, CHROMIUM, Site, Visitor, visit
 from tests.serving.page_mock import Mock, served
+from tests.serving.programs import write_checkpoint
 from tests.serving.scripted import scripted_engine
 from tests.serving.support import TestServer, make_engine, make_model, make_tokenizer, running
 from ziphius.inference.chat import ChatTemplate
@@ -36,9 +37,13 @@ def server(whale: Transformer) -> Iterator[TestServer]:
         started.until_idle()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Debian's Chromium, headless."""
+    """Debian's Chromium, headless.
+
+    For a module, not longer: while Playwright runs, this thread has a running event loop, and other
+    tests could not start one.
+    """
     api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
     if CHROMIUM is None:
         pytest.skip("no Chromium here: apt install chromium")
@@ -121,3 +126,18 @@ def scripted(long_whale: Transformer) -> Iterator[TestServer]:
         started.until(lambda: started.application.engine.state == "ready")
         yield started
         started.until_idle()
+
+
+@pytest.fixture(scope="session")
+def home(kernel_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's home whose cache has the compiled kernels."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "ziphius").symlink_to(kernel_folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "whale")

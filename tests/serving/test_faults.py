@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,6 +27,7 @@ from tests.serving.clients import (
     reset,
     tasks_of,
 )
+from tests.serving.programs import Program, program
 from tests.serving.support import TestServer, make_engine, make_tokenizer, running
 from ziphius.model.transformer import Transformer
 from ziphius.serving.options import Limits
@@ -164,13 +167,64 @@ def test_whoever_leaves_leaves_nothing(whale: Transformer, chaos: bool) -> None:
             assert stats.expired, "no time limit was reached"
 
 
+def test_a_real_server_grows_by_nothing(checkpoint: Path, home: Path, chaos: bool) -> None:
+    """Neither its memory nor its open files, and its engine holds no page at the end."""
+    first, count = (300, 2000) if chaos else (40, 80)
+    limits = {"request_seconds": 0.5, "body_seconds": 2.0}
+    with program(checkpoint, home, limits=limits) as server, ThreadPoolExecutor(12) as pool:
+        server.until_ready()
+        expected = server.post(KNOWN).json()["choices"]
+        sizes: list[tuple[int, int]] = []
+
+        def go(seeds: range) -> None:
+            list(pool.map(lambda seed: Client(server.url, seed, expected).run(), seeds))
+            server.until(lambda: at_rest(server), 20)
+            sizes.append((resident(server.process.pid), resident(server.engine())))
+
+        go(range(first))  # what grows once: caches, buffers, arenas
+        files = open_files(server.process.pid)
+        go(range(first, first + count))
+        assert open_files(server.process.pid) <= files + 1  # our own, which asks for metrics
+        grown = [(after - before) >> 20 for before, after in zip(*sizes, strict=True)]
+        print(f"{count} faults: server +{grown[0]} MiB, engine +{grown[1]} MiB of {sizes[0]}")
+        assert max(grown) < 24
+        assert server.post(KNOWN).json()["choices"] == expected
+        assert "Traceback" not in "".join(server.lines)
+        assert httpx.get(f"{server.url}/metrics").text.count("ziphius_engine_restarts_total{") == 1
+
+
+def at_rest(server: Program) -> bool:
+    """Whether the engine has nothing to do, by what it reports."""
+    text = httpx.get(f"{server.url}/metrics").text
+    wanted = ("requests_running", "requests_waiting", "cache_pages_used", "engine_restarts_total")
+    found = {line.split("{")[0]: float(line.split()[-1]) for line in text.splitlines()
+             if line.startswith("ziphius_")}  # fmt: skip
+    return all(found[f"ziphius_{name}"] == 0 for name in wanted)
+
+
+def resident(process: int) -> int:
+    """Return the bytes of memory that a process has."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def open_files(process: int) -> int:
+    return len(list(Path(f"/proc/{process}/fd").iterdir()))
+
+
 def test_a_request_before_another_is_ended_too(server: TestServer) -> None:
     # Two requests in one go: the second waits, and the first must still be told of the loss.
     expected, tasks = known(server), tasks_of(server)
+    link = server.application.engine.link
+    assert link is not None
+    ended: list[int] = []
+    link.on_end, before = lambda stream: ended.append(stream.number), link.on_end
     with connected(server.url) as raw:
-        raw.sendall(request(LONG) * 2)
+        raw.sendall(request({**LONG, "n": 8}) * 2)
         read_until(raw, b"data: ")
-    nothing_left(server, tasks, seconds=1.5)
+    nothing_left(server, tasks)
+    assert not ended, "it was answered to the end, for nobody"
+    link.on_end = before
     assert known(server) == expected
 
 
@@ -212,10 +266,19 @@ def test_a_client_that_does_not_read_is_dropped(whale: Transformer) -> None:
         for body in (big, {**big, "stream": False}):
             with connected(server.url, window=4096) as raw:
                 raw.sendall(request(body))
-                time.sleep(0.2)
+                server.until(lambda: bool(server.server.server_state.connections))
+                if body["stream"]:
+                    full_and_no_more(server)
                 # Nobody reads: the connection goes, and with it what is not written yet.
                 nothing_left(server, tasks, seconds=15)
         assert known(server) == expected
+
+
+def full_and_no_more(server: TestServer) -> None:
+    """Wait until a connection takes no more: the rest waits in one delta an answer."""
+    (connection,) = server.server.server_state.connections
+    server.until(lambda: "write" in connection._timers)  # type: ignore[union-attr]
+    assert connection.transport.get_write_buffer_size() < 1 << 19
 
 
 def test_an_error_mid_stream_is_the_last_event(whale: Transformer) -> None:

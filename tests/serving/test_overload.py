@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import statistics
-import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,8 +20,10 @@ from tests.serving.clients import (
     nothing_left,
     read_until,
     request,
+    status_of,
     tasks_of,
 )
+from tests.serving.programs import program
 from tests.serving.support import TestServer, make_engine, make_tokenizer, running
 from ziphius.model.transformer import Transformer
 from ziphius.serving.options import Limits
@@ -35,56 +37,46 @@ ASK = {"prompt": "a whale", "max_tokens": 24, "ignore_eos": True, "seed": 1}
 class Crowd:
     """Clients that ask again and again, and what came of it."""
 
-    def __init__(self, server: TestServer, clients: int) -> None:
-        self.server, self.clients = server, clients
+    def __init__(self, url: str, clients: int) -> None:
+        self.url, self.clients = httpx.URL(url), clients
         self.seconds: list[float] = []  # of accepted requests
         self.statuses: Counter[int] = Counter()
-        self.most_open = 0
-        self._lock = threading.Lock()
 
     def ask(self, seconds: float, pause: float) -> None:
         """Let every client ask for a while; a refused one asks again after ``pause``."""
-        ends = time.monotonic() + seconds
-        watching = threading.Event()
-        watcher = threading.Thread(target=self._watch, args=(watching,))
-        watcher.start()
-        with ThreadPoolExecutor(self.clients) as pool:
-            for done in [pool.submit(self._client, ends, pause) for _ in range(self.clients)]:
-                done.result()
-        watching.set()
-        watcher.join()
 
-    def _watch(self, stop: threading.Event) -> None:
-        link = self.server.application.engine.link
-        assert link is not None
-        while not stop.wait(0.001):
-            self.most_open = max(self.most_open, link.open)
+        async def all_of_them() -> None:
+            ends = time.monotonic() + seconds
+            await asyncio.gather(*(self._client(ends, pause) for _ in range(self.clients)))
 
-    def _client(self, ends: float, pause: float) -> None:
-        with self.server.client(timeout=60) as client:
-            while time.monotonic() < ends:
-                began = time.monotonic()
-                answer = client.post("/v1/completions", json=ASK)
-                took = time.monotonic() - began
-                with self._lock:
-                    self.statuses[answer.status_code] += 1
-                    if answer.status_code == 200:
-                        self.seconds.append(took)
-                if answer.status_code != 200:
-                    self.check_refusal(answer)
-                    time.sleep(pause)
+        asyncio.run(all_of_them())
 
-    def check_refusal(self, answer: httpx.Response) -> None:
-        """A refusal says when to come again."""
-        assert answer.status_code == 503, answer.text
-        assert error_of(answer)["code"] == "server_full"
-        assert error_of(answer)["type"] == "overloaded_error"
-        assert 1 <= int(answer.headers["retry-after"]) <= 60
+    async def _client(self, ends: float, pause: float) -> None:
+        reader, writer = await asyncio.open_connection(self.url.host, self.url.port)
+        while time.monotonic() < ends:
+            began = time.monotonic()
+            writer.write(request(ASK))
+            head = await reader.readuntil(b"\r\n\r\n")
+            fields = dict(line.split(b": ", 1) for line in head.strip().split(b"\r\n")[1:])
+            body = await reader.readexactly(int(fields[b"content-length"]))
+            status = status_of(head)
+            self.statuses[status] += 1
+            if status == 200:
+                self.seconds.append(time.monotonic() - began)
+                continue
+            # A refusal says when to come again.
+            error = error_of(head + body)
+            assert (status, error["code"], error["type"]) == (
+                503, "server_full", "overloaded_error",
+            )  # fmt: skip
+            assert 1 <= int(fields[b"retry-after"]) <= 60
+            await asyncio.sleep(pause)
+        writer.close()
 
     def share(self, percent: int) -> float:
         """Return a percentile of the seconds."""
         ordered = sorted(self.seconds)
-        return ordered[min(len(ordered) - 1, math.ceil(len(ordered) * percent / 100) - 1)]
+        return ordered[math.ceil(len(ordered) * percent / 100) - 1]
 
 
 def test_two_hundred_clients_and_a_queue_of_32(whale: Transformer) -> None:
@@ -101,12 +93,13 @@ def test_two_hundred_clients_and_a_queue_of_32(whale: Transformer) -> None:
         expected = known(server)
         server.until(lambda: not server.server.server_state.connections)
         tasks = tasks_of(server)
-        ahead = count_ahead(server)
-        crowd = Crowd(server, 200)
+        ahead, most = count_ahead(server), count_open(server)
+        crowd = Crowd(server.url, 200)
         crowd.ask(seconds=2.0, pause=0.2)
+        print(crowd.statuses, f"most open {most[0]}, most ahead {max(ahead)}")
         assert crowd.statuses[200] > ROOM
         assert crowd.statuses[503] > 100
-        assert crowd.most_open == ROOM  # it was full, and never more than that
+        assert most[0] == ROOM  # it was full, and never more than that
         assert max(ahead) < ROOM
         assert max(ahead) > RUNNING, "nobody has waited"
         nothing_left(server, tasks)
@@ -139,17 +132,34 @@ def count_ahead(server: TestServer) -> list[int]:
     return ahead
 
 
-def test_latency_does_not_grow_with_the_crowd(whale: Transformer, chaos: bool) -> None:
+def count_open(server: TestServer) -> list[int]:
+    """Note the largest number of answers that were ever waited for at once."""
+    link = server.application.engine.link
+    assert link is not None
+    most, submit = [0], link.submit
+
+    def submitting(job: Any) -> Any:
+        stream = submit(job)
+        most[0] = max(most[0], link.open)
+        return stream
+
+    link.submit = submitting  # type: ignore[method-assign]
+    return most
+
+
+def test_latency_does_not_grow_with_the_crowd(checkpoint: Path, home: Path, chaos: bool) -> None:
     """Accepted requests take as long with 200 clients as with those that fill the room.
 
-    The clients share the two cores with the engine, and each refusal costs the server some time:
-    twice as long is allowed. Without a bound, 200 clients would take 200/36 = 5.6 times as long.
+    The clients share the cores with the engine, and each refusal costs the server some time: twice
+    as long is allowed. Without a bound, 200 clients would take 200 / 36 = 5.6 times as long.
     """
-    rounds, seconds = (5, 8.0) if chaos else (1, 1.0)
+    rounds, seconds = (7, 10.0) if chaos else (1, 1.5)
     ratios: dict[int, list[float]] = {50: [], 99: []}
-    with running(lambda: make_engine(whale), limits=LIMITS) as server:
+    bounds = ("--max-running", str(RUNNING), "--max-waiting", str(WAITING))
+    with program(checkpoint, home, *bounds) as server:
+        server.until_ready()
         for _ in range(rounds):
-            few, many = Crowd(server, ROOM), Crowd(server, 200)
+            few, many = Crowd(server.url, ROOM), Crowd(server.url, 200)
             for crowd in (few, many):
                 crowd.ask(seconds, pause=1.0)  # what Retry-After asks for, at least
             for percent, found in ratios.items():
@@ -159,10 +169,11 @@ def test_latency_does_not_grow_with_the_crowd(whale: Transformer, chaos: bool) -
                 f"({len(few.seconds)}); 200: p50 {many.share(50):.3f} s, p99 "
                 f"{many.share(99):.3f} s ({len(many.seconds)}, {many.statuses[503]} refused)"
             )
-        server.until_idle()
+            assert few.statuses[503] == 0
+            assert many.statuses[503] > 0
     medians = {percent: statistics.median(found) for percent, found in ratios.items()}
-    print("200 clients to 36, medians:", medians)
-    if chaos:
+    print("200 clients to 36, medians of the ratios:", medians)
+    if chaos:  # a short round says too little on a busy machine
         assert medians[50] < 2, ratios
         assert medians[99] < 3, ratios
 

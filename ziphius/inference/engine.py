@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ziphius.config.errors import BadInput
 from ziphius.inference.answer import Answer
+from ziphius.inference.errors import RequestError
 from ziphius.inference.forward import Forward
 from ziphius.inference.grammar import Grammars, Matcher
 from ziphius.inference.logits import Row
@@ -231,11 +232,14 @@ class Engine:
         finished = []
         for chunk, chunk_rows in zip(step.chunks, rows, strict=True):
             request, answer = self._requests[chunk.sequence]
-            request.score_prompt(chunk, chunk_rows)
-            if not chunk.ends:
+            try:
+                request.score_prompt(chunk, chunk_rows)
+            except RequestError as error:
+                answer.fail(str(error))
+            if not (chunk.ends or answer.finished):
                 continue
             touched[request] = None
-            new = self._choose(chunk, chunk_rows, request, answer)
+            new = [] if answer.finished else self._choose(chunk, chunk_rows, request, answer)
             if new:
                 confirmed[chunk.sequence] = new
             if answer.finished:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as List
 
+import numpy as np
+
 from ziphius.inference.answer import Answer
+from ziphius.inference.errors import RequestError
 from ziphius.inference.logits import Row
 from ziphius.inference.logprobs import Scored, score
 from ziphius.inference.outputs import RequestOutput
@@ -38,7 +41,8 @@ class Request:
     def score_prompt(self, chunk: Chunk, rows: List[Row]) -> None:
         """Note the log-probabilities of the prompt tokens that follow a chunk's last positions.
 
-        ``rows`` are the chunk's wanted logits, in order. What is known already stays.
+        ``rows`` are the chunk's wanted logits, in order. What is known already stays. Raises
+        RequestError for a row with NaN or infinity.
         """
         count = self.params.prompt_logprobs
         if count is None or chunk.sequence.index:
@@ -46,6 +50,11 @@ class Request:
         first = chunk.start + len(chunk.tokens) - len(rows)
         for position, row_V in enumerate(rows, first):
             if position + 1 == len(self.prompt_logprobs) < len(self.prompt_ids):
+                if not np.isfinite(row_V.max()):  # NaN counts as the largest
+                    raise RequestError(
+                        f"the model's logits at prompt position {position} hold NaN or infinity: "
+                        "the next token has no log-probability"
+                    )
                 self.prompt_logprobs.append(score(row_V, self.prompt_ids[position + 1], count))
 
     def result(self) -> RequestOutput:

@@ -16,6 +16,7 @@ from ziphius.serving.errors import TimedOut
 from ziphius.serving.gate import Noted
 from ziphius.serving.link import Job, Stream
 from ziphius.serving.parse import Parser, Piece
+from ziphius.serving.sse import until_gone
 
 
 @dataclass
@@ -180,18 +181,28 @@ class Answering:
 async def begin_all(
     engine: EngineProcess, jobs: list[tuple[Job, list[Parser | None]]], noted: Noted
 ) -> list[Answering]:
-    """Begin several jobs: all of them, or none. Raises what they are refused with."""
+    """Begin several jobs: all of them, or none.
+
+    Raises what they are refused with, and ClientGone.
+    """
     streams = engine.submit_all([job for job, _ in jobs])
     begun = [Answering(*both, noted) for both in zip(streams, (p for _, p in jobs), strict=True)]
     try:
-        for stream in streams:
-            await stream.taken()
+        if noted.receive is None:
+            await _all_taken(streams)
+        else:  # a frozen engine takes none: who leaves meanwhile is let go
+            await until_gone(noted.receive, _all_taken(streams))
     except BaseException:
         for answering in begun:
             answering.close()
         raise
     noted.prompt_tokens = sum(answering.usage.prompt for answering in begun)
     return begun
+
+
+async def _all_taken(streams: list[Stream]) -> None:
+    for stream in streams:
+        await stream.taken()
 
 
 async def merged(several: list[Answering]) -> AsyncIterator[tuple[int, Event]]:

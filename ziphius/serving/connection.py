@@ -57,7 +57,7 @@ class Connection(HttpToolsProtocol):
         """Take a request's head. What is raised here ends the connection with a 400."""
         self._stop("head")
         self._in_head = False
-        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self._limits.max_head_bytes:
             self._refusal = self._too_large()
             raise self._refusal
@@ -108,7 +108,9 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer with an error, unless another answer is on its way, and close."""
-        if self._answered is None or self._answered.response_complete:
+        cycle = self._answered
+        own = cycle is self.cycle and not self._in_head  # the error is in this request's body
+        if cycle is None or cycle.response_complete or (own and not cycle.response_started):
             body = encode(error.body)
             head = (
                 f"HTTP/1.1 {error.status} {_PHRASES[error.status]}\r\n"

@@ -178,7 +178,7 @@ class EngineProcess:
             "ready": "the engine is ready",
             "stalled": "the engine gives no sign of life",
             "restarting": "the engine is being started again",
-            "gone": self.fatal or "the server is shutting down",
+            "gone": "the server is shutting down",
         }[state]
 
     # --- life -------------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ class Noted:
     times: dict[str, float] = field(default_factory=dict)
     # Called when the request leaves, however it does: what it holds is given back.
     closing: list[Callable[[], None]] = field(default_factory=list)
+    # Tells of the client's leaving, behind the body.
+    receive: Receive | None = None
 
 
 class Gate:
@@ -153,7 +155,7 @@ class Passing:
     def __init__(self, scope: Scope, receive: Receive, send: Send, limits: Any) -> None:
         self.began = time.monotonic()
         self.status: int | None = None
-        self.noted = Noted()
+        self.noted = Noted(receive=self.receive)
         self.id = _request_id(scope)
         self.scope = {**scope, "request_id": self.id, "noted": self.noted}
         self._receive, self._send, self._limits = receive, send, limits

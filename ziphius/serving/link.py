@@ -315,7 +315,7 @@ class Link:
             self._ready.set()
         else:
             self.failed = report
-            self.close(f"the engine failed: {report.message}")
+            self.close("the engine failed")  # clients need not know at what
 
     def _drop(self, stream: Stream) -> None:
         if self._streams.pop(stream.number, None) is not None and stream.first is None:

@@ -134,7 +134,8 @@ class Draining(uvicorn.Server):
         ends = time.monotonic() + seconds
         while not self._at_once and time.monotonic() < ends:
             await asyncio.sleep(min(_LOOK_SECONDS, seconds))
-        engine.end_all("the server is shutting down: the answer took too long to end")
+        if not self._at_once:
+            engine.end_all("the server is shutting down: the answer took too long to end")
         while not self._at_once:
             await asyncio.sleep(_LOOK_SECONDS)
         engine.end_all("the server was stopped")
