@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.clients.session import Session
 
-EXAMPLES = 40
+EXAMPLES = 25
 # Rules that no schema can say decide whether a request has an answer: a template's about roles,
 # the context's length, one field needing another. That is told by 400.
 NOT_ASKED = "positive_data_acceptance"
