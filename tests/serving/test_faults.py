@@ -20,6 +20,7 @@ from tests.serving.clients import (
     connected,
     events_of,
     known,
+    known_at,
     nothing_left,
     read_all,
     read_until,
@@ -173,7 +174,7 @@ def test_a_real_server_grows_by_nothing(checkpoint: Path, home: Path, chaos: boo
     limits = {"request_seconds": 0.5, "body_seconds": 2.0}
     with program(checkpoint, home, limits=limits) as server, ThreadPoolExecutor(12) as pool:
         server.until_ready()
-        expected = server.post(KNOWN).json()["choices"]
+        expected = known_at(server.url)
         sizes: list[tuple[int, int]] = []
 
         def go(seeds: range) -> None:
@@ -188,7 +189,7 @@ def test_a_real_server_grows_by_nothing(checkpoint: Path, home: Path, chaos: boo
         grown = [(after - before) >> 20 for before, after in zip(*sizes, strict=True)]
         print(f"{count} faults: server +{grown[0]} MiB, engine +{grown[1]} MiB of {sizes[0]}")
         assert max(grown) < 24
-        assert server.post(KNOWN).json()["choices"] == expected
+        assert known_at(server.url) == expected
         assert "Traceback" not in "".join(server.lines)
         assert httpx.get(f"{server.url}/metrics").text.count("ziphius_engine_restarts_total{") == 1
 

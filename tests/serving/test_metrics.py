@@ -122,7 +122,7 @@ def test_nothing_is_kept_of_requests_that_were_left(server: TestServer) -> None:
             read_until(raw, b"data: ")
         server.until_idle()
     gc.collect()
-    server.until(lambda: not [o for o in gc.get_objects() if isinstance(o, Stream)], 5)
+    server.until(lambda: not [one for one in gc.get_objects() if type(one) is Stream], 5)
 
 
 def test_aliases_are_equal(server: TestServer) -> None:
