@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+MOST_TOKENS = 32
 _URL = re.compile(r"chat page (http://\S+?)/ ")
 # The smallest recipe, two steps of it: what is answered is noise, and that is all it takes.
 _SHORT = (
@@ -37,6 +39,11 @@ def small_checkpoint(folder: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise NoServer(f"no checkpoint could be trained: {done.stderr.strip()[-300:]}")
+        # Chats that set no bound end early: what makes up requests sends thousands.
+        defaults = run / "checkpoint" / "generation_config.json"
+        told = json.loads(defaults.read_text("utf-8")) | {"max_new_tokens": MOST_TOKENS}
+        defaults.write_text(json.dumps(told), "utf-8")
+        (defaults.parent / "manifest.json").unlink()  # it says what the file was
     return run
 
 

@@ -29,13 +29,15 @@ class Session:
         return str(self.python.parent / name)
 
     def run(
-        self, command: Sequence[str], *, log: str, **environment: str
+        self, command: Sequence[str], *, log: str, folder: Path = ROOT, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run a client's program, and note the command without what is only this machine's."""
+        """Run a client's program in ``folder``, and note the command without what is only this
+        machine's.
+        """
         self.result.commands.append(self._told(command))
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=self.seconds,
-            cwd=ROOT, env=clean(**environment),
+            cwd=folder, env=clean(**environment),
         )  # fmt: skip
         (self.scratch / log).write_text(done.stdout + done.stderr, "utf-8")
         return done

@@ -185,6 +185,7 @@ def running(
     template: ChatTemplate | None = None,
     limits: Limits | None = None,
     profile: str = "none",
+    chats: bool = False,
     spoil: Callable[[Application], None] = lambda application: None,
     kernel_bytes: int = 0,
     **options: Any,
@@ -212,6 +213,7 @@ def running(
         template or ChatTemplate(),
         bos=0,
         profile=PROFILES[profile],
+        format_told=chats,
     )
     ready = threading.Event()
     made: list[Any] = []

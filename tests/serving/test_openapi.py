@@ -74,6 +74,7 @@ ASKED: list[tuple[str, str, str, Any, int]] = [
     ),
     ("post", "/v1/responses", "/v1/responses", {"input": "a whale", "truncation": "auto"}, 400),
     ("get", "/v1/responses/{response_id}", "/v1/responses/nobody", None, 404),
+    ("get", "/v1/responses/{response_id}", "/v1/responses/nobody?stream=whale", None, 400),
     ("delete", "/v1/responses/{response_id}", "/v1/responses/nobody", None, 404),
     ("post", "/v1/responses/{response_id}/cancel", "/v1/responses/nobody/cancel", None, 404),
     ("post", "/admin/cache/clear", "/admin/cache/clear", {}, 403),
@@ -220,3 +221,12 @@ def test_keys_are_documented_where_they_are_wanted(whale: Transformer, document:
                 named = {"model": NAME, "response_id": "resp_none"}
                 answer = client.request(method, path.format(**named), json={})
                 assert answer.status_code == 401, path
+
+
+def test_a_route_names_all_its_methods(server: TestServer) -> None:
+    with server.client() as client:
+        for method in ("PUT", "OPTIONS"):
+            answer = client.request(method, "/v1/responses/nobody")
+            assert answer.status_code == 405
+            assert answer.headers["allow"] == "DELETE, GET"
+            assert answer.json()["error"]["type"] == "invalid_request_error"

@@ -23,7 +23,7 @@ def serving(checkpoint: Path, home: Path, drain: float) -> Iterator[Program]:
 
 
 def test_streams_end_and_nothing_holds_them_up(checkpoint: Path, home: Path) -> None:
-    body = {**LONG, "max_tokens": 1500}
+    body = {**LONG, "max_tokens": 600}
     with (
         serving(checkpoint, home, 30) as started,
         httpx.Client(base_url=started.url) as idle,

@@ -10,11 +10,13 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from ziphius.config.errors import BadInput, ZiphiusError
 from ziphius.inference.errors import RequestError
 from ziphius.serving.link import Busy, EngineGone
 
+_METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 _LONGEST = 500  # characters of a client's own input that a message repeats
 TYPES: Mapping[int, str] = {
     400: "invalid_request_error",
@@ -98,7 +100,19 @@ async def handle(request: Request, error: Exception) -> Response:
     told = as_api_error(error, request.scope.get("request_id", ""))
     if told.status >= 500:  # the others may repeat what a client has sent: nothing for a log
         request.scope["noted"].error = str(told)
+    if "Allow" in told.headers:
+        told.headers["Allow"] = ", ".join(_methods(request))
     return told.response()
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods that a path has: Starlette names those of one of its routes."""
+    return [
+        method
+        for method in _METHODS
+        for scope in [{**request.scope, "method": method}]
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+    ]
 
 
 def _invalid(problems: Sequence[Any]) -> ApiError:

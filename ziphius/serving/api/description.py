@@ -99,7 +99,7 @@ def _complete(path: str, operation: dict[str, Any], options: ServeOptions) -> No
     if "requestBody" in operation:
         statuses += ["400", "404", "408", "413"]
     if "parameters" in operation:
-        statuses.append("404")
+        statuses += ["400", "404"]
     if "answers" in operation.get("tags", ()):
         statuses.append("504")
     for status in sorted(set(statuses)):

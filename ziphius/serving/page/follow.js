@@ -1,33 +1,42 @@
 // Keeping the newest text in view, until the reader scrolls up.
 
 const NEAR = 48;
+const UP = new Set(["ArrowUp", "PageUp", "Home"]);
 
 export class Follow {
   #box;
   #jump;
   #following = true;
+  #held = false;
+  #top = 0;
   #height = 0;
 
   /** `box` scrolls; `jump` is the button that leads back to its end. */
   constructor(box, jump) {
     this.#box = box;
     this.#jump = jump;
-    let top = 0;
     box.addEventListener("scroll", () => {
-      const up = box.scrollTop < top - 1;
+      const moved = box.scrollTop - this.#top;
       // Shrinking content also moves the position up; that is not the reader's doing.
       const shrank = box.scrollHeight < this.#height;
-      top = box.scrollTop;
-      this.#height = box.scrollHeight;
-      // Up counts first: small steps up begin near the end, and must lead away from it.
-      if (up && !shrank) this.#following = false;
-      else if (this.#atEnd()) this.#following = true;
+      this.#note();
+      // Small steps up begin near the end and must lead away from it: only a way down leads back.
+      if (moved < -1 && !shrank) this.#following = false;
+      else if (moved > 0 && this.#atEnd()) this.#following = true;
       this.#show();
     }, { passive: true });
-    const leave = (event) => {
-      if (event.deltaY < 0 && box.scrollHeight > box.clientHeight) this.#following = false;
+    // These come before the scrolling they cause; without them the two would fight over a frame.
+    const leave = (away) => (event) => {
+      if (away(event) && box.scrollHeight > box.clientHeight) this.#following = false;
     };
-    box.addEventListener("wheel", leave, { passive: true });
+    box.addEventListener("wheel", leave((event) => event.deltaY < 0), { passive: true });
+    box.addEventListener("keydown", leave(({ key, target }) => UP.has(key) && !target.closest("textarea")));
+    const hold = (held) => () => {
+      this.#held = held;
+      if (!held) this.#following = this.#atEnd();
+    };
+    box.addEventListener("touchstart", hold(true), { passive: true });
+    for (const end of ["touchend", "touchcancel"]) box.addEventListener(end, hold(false), { passive: true });
     jump.addEventListener("click", () => {
       this.toEnd();
       jump.blur();
@@ -37,8 +46,8 @@ export class Follow {
 
   /** The content has grown: go along if the reader was at the end. */
   grown() {
-    this.#height = this.#box.scrollHeight;
-    if (this.#following) this.#box.scrollTop = this.#box.scrollHeight;
+    if (this.#following && !this.#held) this.#box.scrollTop = this.#box.scrollHeight;
+    this.#note();
     this.#show();
   }
 
@@ -52,7 +61,14 @@ export class Follow {
   toStart() {
     this.#following = false;
     this.#box.scrollTop = 0;
+    this.#note();
     this.#show();
+  }
+
+  // Where things stand now: what differs at the next scrolling is the reader's doing.
+  #note() {
+    this.#top = this.#box.scrollTop;
+    this.#height = this.#box.scrollHeight;
   }
 
   #atEnd() {

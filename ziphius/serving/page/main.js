@@ -226,11 +226,10 @@ class Page {
       s: () => this.sheet.open(), "?": showKeys, l: () => this.#toList(),
       r: () => (this.current.kind === "chat" ? this.chat.againLast() : this.document.again()),
     }, this.settings);
-    // What came so far survives the page: "pagehide" comes on reload, "hidden" on a phone's home key.
+    // A page that is not seen may be ended without another word, on a phone above all.
     const keepAll = () => {
       for (const talk of this.store.list()) if (this.runs.has(talk.id)) this.store.save(talk);
     };
-    addEventListener("pagehide", keepAll);
     // The browser ends requests before it hides the page. A visitor who stays after all is no leaver.
     addEventListener("beforeunload", () => {
       this.runs.leaving = true;

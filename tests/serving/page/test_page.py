@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.page_browser import Site, Visitor, visit
+from tests.serving.page.browser import Site, Visitor, visit
 
 api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
 expect = api.expect
@@ -91,6 +91,27 @@ def test_a_reload_in_the_middle_keeps_the_part_that_came(visitor: Visitor) -> No
     expect(visitor.answer()).to_have_attribute("aria-busy", "true")
     visitor.page.keyboard.press("Escape")
     expect(visitor.answer().locator(".switcher")).to_contain_text("2 / 2")
+
+
+def test_a_hidden_page_has_kept_what_came(visitor: Visitor) -> None:
+    visitor.say("slow please", wait=False)
+    expect(visitor.answer().locator(".body")).to_contain_text("the water is dark", ignore_case=True)
+    kept = "Object.values(localStorage).some((text) => text.includes('water is dark'))"
+    assert not visitor.page.evaluate(kept)
+    visitor.page.evaluate(
+        "Object.defineProperty(document, 'hidden', { value: true });"
+        "document.dispatchEvent(new Event('visibilitychange'))"
+    )
+    assert visitor.page.evaluate(kept)
+
+
+def test_what_another_tab_left_unfinished_is_called_so(visitor: Visitor) -> None:
+    visitor.say("slow please", wait=False)
+    expect(visitor.answer().locator(".body")).to_contain_text("Paragraph 1")
+    other = visitor.page.context.new_page()
+    other.goto(visitor.page.url)
+    expect(other.locator(".message.assistant .fault")).to_contain_text("was closed")
+    other.close()
 
 
 def test_editing_asks_again_from_there_and_loses_nothing(visitor: Visitor) -> None:
@@ -298,3 +319,22 @@ def test_the_page_follows_until_the_reader_scrolls_up(visitor: Visitor) -> None:
     visitor.page.get_by_role("button", name="Jump to latest").click()
     visitor.page.wait_for_timeout(100)
     assert box.evaluate(gap) < 60
+
+
+@pytest.mark.parametrize("by", ["key", "bar"])
+def test_small_steps_up_leave_the_end_too(visitor: Visitor, by: str) -> None:
+    visitor.site.script().rate = 300
+    visitor.say("long", wait=False)
+    expect(visitor.answer().locator(".body")).to_contain_text("Paragraph 11")
+    box = visitor.page.locator("#scroll")
+    box.focus()
+    if by == "key":
+        visitor.page.keyboard.press("ArrowUp")
+    else:
+        box.evaluate("e => { e.scrollTop -= 30; }")
+    visitor.page.wait_for_timeout(400)
+    top = box.evaluate("e => e.scrollTop")
+    assert top > 100
+    visitor.page.wait_for_timeout(400)
+    assert box.evaluate("e => e.scrollTop") == top
+    expect(visitor.page.get_by_role("button", name="Jump to latest")).to_be_visible()

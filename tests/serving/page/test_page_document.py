@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.serving.page_browser import Visitor
+from tests.serving.page.browser import Visitor
 
 api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
 expect = api.expect

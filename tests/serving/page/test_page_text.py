@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.page_browser import Visitor
+from tests.serving.page.browser import Visitor
 
 MODULE = "async ([file, name, args]) => (await import(`/page/${file}.js`))[name](...args)"
 RENDER = """async (text) => {
@@ -99,7 +99,7 @@ def test_links_are_whole_and_safe(shared: Visitor) -> None:
 
 
 def test_streaming_ends_with_what_the_whole_text_shows(shared: Visitor) -> None:
-    from tests.serving.page_texts import ATTACK, CODE, SAMPLE
+    from tests.serving.page.texts import ATTACK, CODE, SAMPLE
 
     same = """async (text) => {
       const { showProse } = await import("/page/prose.js");

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.page_browser import Visitor, saved
+from tests.serving.page.browser import Visitor, saved
 
 api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
 expect = api.expect
@@ -121,6 +121,15 @@ def test_everything_that_takes_the_focus_has_a_name_and_shows_it(visitor: Visito
         seen.add(where)
         assert outline != "none" or shadow != "none" or border or where == "BODY", where
     assert {"input", "settings", "probabilities", "new", "menu"} <= seen
+
+
+def test_a_folded_list_is_out_of_the_way(visitor: Visitor) -> None:
+    page = visitor.page
+    page.get_by_role("button", name="Conversations").click()
+    assert page.locator("main").bounding_box()["x"] == 0
+    assert page.locator("#new").evaluate("e => { e.focus(); return document.activeElement !== e; }")
+    page.get_by_role("button", name="Conversations").click()
+    assert page.locator("main").bounding_box()["x"] > 200
 
 
 def test_a_phone_shows_everything_without_sideways_scrolling(phone: Visitor) -> None:

@@ -1,7 +1,7 @@
 """A server for the chat page that says what its visitor asks it to say.
 
 The last user message picks the answer: see ``SCRIPTS``. It can be started by hand to look at the
-page: ``python -m tests.serving.page_mock --port 8012 --thinking optional``.
+page: ``python -m tests.serving.page.mock --port 8012 --thinking optional``.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 import ziphius
-from tests.serving.page_texts import ATTACK, CODE, FIBONACCI, LONG, SAMPLE
+from tests.serving.page.texts import ATTACK, CODE, FIBONACCI, LONG, SAMPLE
 
 PAGE = Path(ziphius.__file__).parent / "serving" / "page"
 POLICY = (

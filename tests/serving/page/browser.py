@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.page_mock import Mock
+from tests.serving.page.mock import Mock
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ARGUMENTS = [
