@@ -1,7 +1,7 @@
 """Take the picture of the chat page that the README shows, from a server with a model just trained.
 
-    ziphius serve runs/quickstart
-    python dev/shoot_page.py http://127.0.0.1:8000 docs/images/page.png
+ziphius serve runs/quickstart
+python dev/shoot_page.py http://127.0.0.1:8000 docs/images/page.png
 """
 
 from __future__ import annotations
