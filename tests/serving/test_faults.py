@@ -220,10 +220,11 @@ def test_a_request_before_another_is_ended_too(server: TestServer) -> None:
     assert link is not None
     ended: list[int] = []
     link.on_end, before = lambda stream: ended.append(stream.number), link.on_end
-    with connected(server.url) as raw:
-        raw.sendall(request({**LONG, "n": 8}) * 2)
-        read_until(raw, b"data: ")
-    nothing_left(server, tasks)
+    for stream in (True, False):
+        with connected(server.url) as raw:
+            raw.sendall(request({**LONG, "n": 8, "stream": stream}) * 2)
+            server.until(lambda: link.open == 8)
+        nothing_left(server, tasks)
     assert not ended, "it was answered to the end, for nobody"
     link.on_end = before
     assert known(server) == expected
