@@ -29,7 +29,11 @@ ENVIRONMENTS = (
     Environment("openai", "openai", ("openai>=3.50,<4",), 60),
     Environment("anthropic", "anthropic", ("anthropic>=2.10,<3",), 60),
     Environment(
-        "langchain", "langchain-openai", ("langchain-openai>=1.7,<2", "litellm>=1.109,<2"), 400
+        "langchain",
+        "langchain-openai",
+        ("langchain-openai>=1.7,<2", "litellm>=1.109,<2"),
+        400,
+        beside=("litellm",),
     ),
     Environment("lm_eval", "lm-eval", ("lm-eval[api]>=0.4.13,<0.5", "transformers>=5.19,<6"), 930),
     Environment("guidellm", "guidellm", ("guidellm>=0.8.1,<0.9",), 1500, torch=True),

@@ -15,7 +15,7 @@ TORCH = "torch>=2.11,<2.14"
 # Where PyTorch keeps the builds without CUDA; pip goes on without it where it can't be reached.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _STAMP = ".made"
-_VERSION = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
+_VERSION = "import importlib.metadata as m, sys; print(*map(m.version, sys.argv[1:]))"
 
 
 class CannotMake(Exception):
@@ -31,6 +31,7 @@ class Environment:
     requirements: tuple[str, ...]
     megabytes: int
     torch: bool = False
+    beside: tuple[str, ...] = ()  # other packages whose versions count
 
     def python(self, folder: Path) -> Path:
         """Return the environment's Python; it is made unless it is there. Raises CannotMake."""
@@ -54,11 +55,15 @@ class Environment:
         return python
 
     def version(self, python: Path) -> str:
-        """Return the version of the client that is installed."""
+        """Return the version of the client that is installed, and of those beside it."""
         run = subprocess.run(
-            [str(python), "-c", _VERSION, self.package], capture_output=True, text=True, check=True
+            [str(python), "-c", _VERSION, self.package, *self.beside],
+            capture_output=True,
+            text=True,
+            check=True,
         )
-        return run.stdout.strip()
+        own, *others = run.stdout.split()
+        return ", ".join([own, *map(" ".join, zip(self.beside, others, strict=True))])
 
 
 def _run(command: Sequence[str]) -> None:

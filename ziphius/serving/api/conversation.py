@@ -14,7 +14,7 @@ from ziphius.inference.params import SamplingParams
 from ziphius.inference.tools import check_tools
 from ziphius.serving.answers import Answering
 from ziphius.serving.api.context import Context
-from ziphius.serving.api.documents import NamedTool, Refused, Spoken, Tool
+from ziphius.serving.api.documents import REFUSED, NamedTool, Spoken, Tool
 from ziphius.serving.api.sampling import SamplingFields
 from ziphius.serving.gate import Noted
 from ziphius.serving.parse import Parser
@@ -37,14 +37,14 @@ class ConversationFields(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    thinking_token_budget: Annotated[int | None, Refused] = Field(None, ge=0)
+    thinking_token_budget: Annotated[int | None, REFUSED] = Field(None, ge=0)
     # Understood, and not done.
-    audio: Annotated[dict[str, Any] | None, Refused] = None
+    audio: Annotated[dict[str, Any] | None, REFUSED] = None
     modalities: list[str] | None = None
-    functions: Annotated[list[Any] | None, Refused] = None
-    function_call: Annotated[Any | None, Refused] = None
-    web_search_options: Annotated[Any | None, Refused] = None
-    chat_template: Annotated[str | None, Refused] = None
+    functions: Annotated[list[Any] | None, REFUSED] = None
+    function_call: Annotated[Any | None, REFUSED] = None
+    web_search_options: Annotated[Any | None, REFUSED] = None
+    chat_template: Annotated[str | None, REFUSED] = None
 
     def require_honourable(self) -> None:
         """Raise BadInput for a field whose wish can't be met."""

@@ -109,7 +109,7 @@ Tool = Annotated[dict[str, Any], WithJsonSchema(_TOOL)]
 NamedTool = Annotated[dict[str, Any], WithJsonSchema(_CHOICE)]
 TextFormat = Annotated[dict[str, Any], WithJsonSchema(_FORMAT)]
 # Fields that are understood and not honoured: only null is.
-Refused = WithJsonSchema({"type": "null", "description": "Not supported."})
+REFUSED = WithJsonSchema({"type": "null", "description": "Not supported."})
 
 TALK: Sequence[Mapping[str, Any]] = ({"role": "user", "content": "How deep do whales dive?"},)
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ziphius.config.errors import BadInput
 from ziphius.inference.params import SamplingParams
-from ziphius.serving.api.documents import Refused, TextFormat
+from ziphius.serving.api.documents import REFUSED, TextFormat
 
 Text = Annotated[str, Field(max_length=8 << 20)]
 MOST_LOGPROBS = 100
@@ -84,8 +84,8 @@ class SamplingFields(GuideFields):
     user: str | None = None
     # Understood, and not done: refused rather than passed over.
     best_of: int | None = None
-    use_beam_search: Annotated[bool | None, Refused] = None
-    kv_transfer_params: Annotated[dict[str, Any] | None, Refused] = None
+    use_beam_search: Annotated[bool | None, REFUSED] = None
+    kv_transfer_params: Annotated[dict[str, Any] | None, REFUSED] = None
 
     def require_honourable(self) -> None:
         """Raise BadInput for a field whose wish can't be met."""
