@@ -6,16 +6,14 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from ziphius import __version__
@@ -28,17 +26,12 @@ from ziphius.serving.errors import handle
 from ziphius.serving.gate import Gate, Passing
 from ziphius.serving.metrics import Metrics
 from ziphius.serving.options import ServeOptions
+from ziphius.serving.pages import add_pages
 from ziphius.serving.served import Served
 from ziphius.serving.sse import ClientGone
 from ziphius.serving.tracing import Tracing
 
 LOG = logging.getLogger("ziphius.serving")
-
-# What the chat page may load: itself.
-_PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 
 class Application:
@@ -63,6 +56,8 @@ class Application:
             version=__version__,
             description="DeepSeek-V3-family models, by OpenAI's and Anthropic's routes.",
             lifespan=self._lifespan,
+            docs_url=None,  # ours is one of the pages: nothing of it comes from elsewhere
+            redoc_url=None,
         )
         self.gate = Gate(self.fastapi, options, on_answer=self._note)
         self.asgi: ASGIApp = self.gate
@@ -99,8 +94,7 @@ class Application:
         for kind in (ZiphiusError, HTTPException, RequestValidationError, Exception):
             self.fastapi.add_exception_handler(kind, handle)
         self.fastapi.add_exception_handler(ClientGone, _gone)
-        if self.options.page:
-            self._add_page()
+        add_pages(self.fastapi, chat=self.options.page)
 
     def _openapi(self) -> dict[str, Any]:
         """Return the description of the routes, made once."""
@@ -108,16 +102,6 @@ class Application:
             described = describe(FastAPI.openapi(self.fastapi), self.options)
             self.fastapi.openapi_schema = described
         return self.fastapi.openapi_schema
-
-    def _add_page(self) -> None:
-        folder = resources.files("ziphius.serving") / "page"
-
-        @self.fastapi.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-        async def page() -> Response:
-            headers = {"content-security-policy": _PAGE_POLICY, "cache-control": "no-cache"}
-            return FileResponse(str(folder / "index.html"), headers=headers)
-
-        self.fastapi.mount("/page", StaticFiles(directory=str(folder)), name="page")
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:

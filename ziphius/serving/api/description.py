@@ -44,6 +44,7 @@ def answers(model: type[BaseModel], *, streams: bool = False) -> dict[int | str,
 
 def describe(document: dict[str, Any], options: ServeOptions) -> dict[str, Any]:
     """Add errors and keys to FastAPI's own description, in place; return it."""
+    document["x-chat-page"] = options.page  # /docs links to it where there is one
     schemas = document["components"].setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, which nobody gets
         schemas.pop(name, None)

@@ -180,6 +180,7 @@ class Page {
     $("#foot").append(
       button("moon", "Light or dark", () => this.#toggleTheme(), { id: "theme" }),
       button("keys", "Shortcuts", showKeys, { id: "help", title: "Shortcuts (?)" }),
+      el("a", { class: "button quiet", href: "docs", text: "API", title: "The server's routes" }),
     );
     $("#new").addEventListener("click", () => this.begin());
     $(".skip").addEventListener("click", (event) => {
