@@ -373,3 +373,38 @@ def test_impossible_grammars_are_refused_in_one_line(
             grammars.matcher(constraint)
         assert "\n" not in str(error.value)
         assert len(str(error.value)) < 400
+
+
+BLANKS = [
+    ('{"a":1}', True),
+    ('{"a": 1, "b": [1, 2]}', True),
+    ('{\n    "a": 1,\n    "b": [\n        1\n    ]\n}', True),
+    ('{"a":' + " " * 41 + "1}", False),
+    ("{" + "\n" * 41 + '"a":1}', False),
+]
+
+
+@pytest.mark.parametrize(("text", "follows"), BLANKS)
+def test_json_has_few_blanks_at_a_place(text: str, follows: bool) -> None:
+    """A model that is unsure would fill its answer with them and never close the object."""
+    tokenizer = train_tokenizer(["a whale dives "], 330)
+    grammars = Grammars(Vocabulary(tokenizer), [1])
+    schema = {
+        "type": "object",
+        "properties": {
+            "a": {"type": "integer"},
+            "b": {"type": "array", "items": {"type": "integer"}},
+        },
+        "required": ["a"],
+    }
+    asked = {**schema, "x-guidance": {"whitespace_flexible": True}}
+    for given, expected in ((schema, follows), (asked, True)):
+        matcher = grammars.matcher(Constraint("json_schema", json.dumps(given)))
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            for token in ids:
+                matcher.advance(token)
+        except RequestError:
+            assert not expected
+        else:
+            assert matcher.may_end is expected

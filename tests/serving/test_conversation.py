@@ -11,7 +11,7 @@ from tests.serving.asking import chat, post
 from tests.serving.scripted import ScriptedEngine
 from tests.serving.support import TestServer
 from ziphius.config.errors import BadInput
-from ziphius.serving.api.conversation import results_in_order
+from ziphius.serving.api.conversation import in_call_order, results_in_order
 
 USER = {"role": "user", "content": "a whale"}
 
@@ -136,3 +136,25 @@ def test_text_before_a_failure_is_not_lost(scripted: TestServer) -> None:
     said = [chunk["choices"][0]["delta"].get("content", "") for chunk in told[:-1]]
     assert "".join(said) == "a whale"
     assert told[-1]["error"]["message"] == "the script says so"
+
+
+def test_a_turn_that_says_it_calls_nothing_changes_no_order(scripted: TestServer) -> None:
+    """``"tool_calls": null`` is what clients send of a message that they were given."""
+    messages = [
+        USER,
+        {"role": "assistant", "content": "Hm.", "tool_calls": None},
+        USER,
+        called("a", "b"),
+        result("b"),
+        result("a"),
+    ]
+    ordered = in_call_order(messages)
+    assert [m["content"] for m in ordered[-2:]] == ["result of a", "result of b"]
+
+
+def test_one_turn_without_ids_leaves_the_others_in_order() -> None:
+    loose = {"role": "tool", "content": "of nobody"}
+    messages = [USER, called("x"), loose, USER, called("a", "b"), result("b"), result("a")]
+    ordered = in_call_order(messages)
+    assert ordered[:3] == messages[:3]
+    assert [m["content"] for m in ordered[-2:]] == ["result of a", "result of b"]

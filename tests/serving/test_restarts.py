@@ -261,3 +261,65 @@ def test_no_job_for_an_engine_that_is_gone() -> None:
     job = Job(prompt_ids=[1], params=SamplingParams())
     with pytest.raises(EngineGone, match="shutting down"):
         engine.submit(job)
+
+
+class Idle(Runner):
+    """A worker that never gets ready, and ends when it is killed."""
+
+    def __init__(self, started: list[Idle]) -> None:
+        self._killed = asyncio.Event()
+        started.append(self)
+
+    async def start(self, address: str) -> None:
+        pass
+
+    async def wait(self) -> str:
+        await self._killed.wait()
+        return "its process ended by signal 9"
+
+    def kill(self) -> None:
+        self._killed.set()
+
+
+def test_an_operators_restart_while_it_loads_is_no_failure() -> None:
+    """It would have ended the server: what has never worked is not tried again."""
+
+    async def live() -> None:
+        started: list[Idle] = []
+        engine = EngineProcess(lambda: Idle(started), Limits(max_restarts=1))
+        running_on = asyncio.create_task(engine.run())
+        for count in range(1, 5):
+            while len(started) < count:
+                await asyncio.sleep(0.01)
+            engine.restart()
+        while len(started) < 5:
+            await asyncio.sleep(0.01)
+        assert engine.fatal is None
+        assert engine.restarts == 4
+        await engine.stop(0.1)
+        await asyncio.wait_for(running_on, 10)
+
+    asyncio.run(asyncio.wait_for(live(), 20))
+
+
+def test_there_is_nothing_to_restart_before_the_start() -> None:
+    async def ask() -> None:
+        engine = EngineProcess(Broken, Limits())
+        with pytest.raises(EngineGone):
+            engine.restart()
+        await engine.stop(0.1)
+        await engine.run()
+
+    asyncio.run(ask())
+
+
+def test_an_operator_may_restart_as_often_as_they_like(whale: Transformer) -> None:
+    limits = Limits(max_restarts=1, drain_seconds=2.0)
+    with running(lambda: make_engine(whale), limits=limits, admin_key="operator-key") as started:
+        with started.client(headers={"authorization": "Bearer operator-key"}) as client:
+            for count in range(1, 4):
+                started.until(lambda: started.application.engine.state == "ready")
+                assert client.post("/admin/engine/restart").json() == {"restarting": True}
+                started.until(lambda count=count: started.application.engine.restarts == count)
+            started.until(lambda: started.application.engine.state == "ready")
+            known(started)

@@ -26,8 +26,8 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            help="A key that clients must send; may be repeated, or stand in ZIPHIUS_API_KEY. "
-            "Without any, every key is accepted."
+            help="A key that clients must send; may be repeated. Lists of processes show it: "
+            "ZIPHIUS_API_KEY hides it. Without any, every key is accepted."
         ),
     ] = None,
     admin_key: Annotated[
@@ -64,6 +64,13 @@ def serve(
             "between two layers: only where a layer takes longer is more needed."
         ),
     ] = 10.0,
+    priorities: Annotated[
+        bool,
+        typer.Option(
+            "--priorities",
+            help="Let clients say which requests go first: they may crowd others out.",
+        ),
+    ] = False,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(help="Pages of this origin may use the server; may be repeated."),
@@ -149,6 +156,7 @@ def serve(
         profile=profile,
         chat_format=chat_format,
         page=page,
+        priorities=priorities,
         otlp_endpoint=otlp_endpoint,
     )
     set_up(as_json=json_logs)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import llguidance
 import numpy as np
@@ -19,6 +21,10 @@ Mask = NDArray[np.bool_]
 
 _KEPT = 128  # compiled grammars; servers see the same few schemas over and over
 _LONGEST_REASON = 300
+# llguidance's options inside a schema; and the blanks between two parts of JSON, as indented
+# objects have them.
+_GUIDANCE = "x-guidance"
+_BLANKS = r"[ \t\r\n]{0,40}"
 
 
 class Grammars:
@@ -198,8 +204,24 @@ def _from_grammar(text: str) -> str:
     return llguidance.LLMatcher.grammar_from_lark(as_lark(text))
 
 
+def bounded_blanks(schema: Any) -> Any:
+    """Return a JSON schema whose texts have few blanks at a place, unless it says otherwise.
+
+    Without a bound a model that is unsure fills its answer with them, and never closes the object.
+    """
+    if isinstance(schema, Mapping) and _GUIDANCE not in schema:
+        return {**schema, _GUIDANCE: {"whitespace_pattern": _BLANKS}}
+    return schema
+
+
+def _from_schema(text: str) -> str:
+    """Read a JSON schema."""
+    schema = json.dumps(bounded_blanks(json.loads(text)), ensure_ascii=False)
+    return llguidance.LLMatcher.grammar_from_json_schema(schema)
+
+
 _SOURCES: Mapping[str, Callable[[str], str]] = {
-    "json_schema": llguidance.LLMatcher.grammar_from_json_schema,
+    "json_schema": _from_schema,
     "regex": _from_regex,
     "grammar": _from_grammar,
 }

@@ -98,7 +98,7 @@ class EngineProcess:
         # The operator's: called with a new link, before anything goes over it.
         self.on_link: Callable[[Link], None] = lambda link: None
         self._in_a_row = 0
-        self._was_ready = False
+        self._was_ready = self._wanted_again = False
         self._stopping = asyncio.Event()
         self._seconds_each = 5.0  # a running mean of what a request takes
         self._context = zmq.asyncio.Context()
@@ -139,6 +139,13 @@ class EngineProcess:
     def forget(self) -> None:
         """Drop the cached prefixes that nobody uses."""
         self._usable().forget()
+
+    def restart(self) -> None:
+        """Start the worker again, which is no failure of it. Raises EngineGone before its start."""
+        if self.runner is None:
+            raise EngineGone("the engine has not been started yet: try again later")
+        self._wanted_again = True
+        self.runner.kill()
 
     def end_all(self, reason: str) -> None:
         """End every request, with EngineGone."""
@@ -190,6 +197,9 @@ class EngineProcess:
                 how = await self._live_once()
                 if self._stopping.is_set():
                     break
+                if self._wanted_again:
+                    self._wanted_again, self.restarts = False, self.restarts + 1
+                    continue
                 failed = self.link.failed if self.link is not None else None
                 LOG.error("engine ended: %s", failed.message if failed else how)
                 if not self._was_ready:

@@ -65,6 +65,10 @@ class ApiError(ZiphiusError):
         return Response(encode(self.body), self.status, self.headers, "application/json")
 
 
+class ContextExceeded(BadInput):
+    """A prompt that leaves no room for an answer."""
+
+
 class TimedOut(ZiphiusError):
     """A request was not answered within its time."""
 
@@ -82,8 +86,10 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return ApiError(503, str(error), code="server_full", retry=error.seconds)
     if isinstance(error, EngineGone):
         return ApiError(503, str(error), code="engine_unavailable", retry=5)
+    if isinstance(error, ContextExceeded):
+        return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, BadInput):
-        return ApiError(400, _short(str(error)), code=_code(str(error)))
+        return ApiError(400, _short(str(error)))
     if isinstance(error, TimedOut):
         return ApiError(504, str(error), code="timeout")
     if isinstance(error, RequestError):
@@ -144,10 +150,6 @@ def _http(error: HTTPException) -> ApiError:
     }
     message = told.get(error.status_code, str(error.detail))
     return ApiError(error.status_code, message, headers=error.headers)
-
-
-def _code(message: str) -> str | None:
-    return "context_length_exceeded" if "the model's context" in message else None
 
 
 def _short(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import logging
 import re
@@ -40,6 +41,8 @@ class Noted:
     completion_tokens: int | None = None
     finish: str | None = None
     error: str | None = None
+    # What tells the caches of API keys apart.
+    tenant: bytes = b""
     # Of the engine's work, by our clock: began, first (token), last.
     times: dict[str, float] = field(default_factory=dict)
     # Called when the request leaves, however it does: what it holds is given back.
@@ -105,7 +108,9 @@ class Gate:
             raise ApiError(503, "the server is shutting down", code="shutting_down", retry=5)
         if self.open > limits.max_open:
             raise ApiError(503, f"{self.open} requests are open", code="server_full", retry=1)
-        client = key if self._options.api_keys and key else (scope.get("client") or ("",))[0]
+        client = (scope.get("client") or ("",))[0]
+        if self._options.api_keys and key:
+            client, scope["noted"].tenant = key, hashlib.sha256(key.encode()).digest()
         if path.startswith(GUARDED) and self._of_client[client] >= limits.max_per_client:
             raise ApiError(
                 429,

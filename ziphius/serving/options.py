@@ -74,6 +74,8 @@ class ServeOptions:
     # V3, R1 or V3.1's format in place of the checkpoint's own template.
     chat_format: str | None = None
     page: bool = True
+    # Whether clients may say which of their requests go first; who may say so goes before others.
+    priorities: bool = False
     # Where traces go: an OTLP collector's address.
     otlp_endpoint: str | None = None
 

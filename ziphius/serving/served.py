@@ -186,6 +186,10 @@ class Served:
             "vocab_size": self.tokenizer.get_vocab_size(),
         }
 
+    def texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Return the text of each token."""
+        return [self.spell(token)[0] for token in token_ids]
+
     def spell(self, token: int) -> tuple[str, list[int]]:
         """Return a token's text and its bytes."""
         spelled = self.vocabulary.spell(token)

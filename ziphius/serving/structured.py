@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from ziphius.config.errors import BadInput
 from ziphius.config.table import nearest
 from ziphius.data.tokenizer import END_THINK
-from ziphius.inference.grammar import as_lark, lark_regex
+from ziphius.inference.grammar import as_lark, bounded_blanks, lark_regex
 from ziphius.inference.tools import CallStyle, Tool, as_json
 from ziphius.serving.parse import SPELLINGS, Markers
 
@@ -189,7 +189,7 @@ def _choice(value: Any) -> _Text:
 
 def _schema(schema: Any, name: str) -> str:
     try:
-        return json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        return json.dumps(bounded_blanks(schema), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise BadInput(f"{name}: no JSON: {error}") from None
 

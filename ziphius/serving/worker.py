@@ -204,7 +204,8 @@ def describe(engine: Engine) -> ModelInfo:
     config, options = engine.model.config, engine.options
     return ModelInfo(
         vocab_size=config.vocab_size,
-        context=config.max_position_embeddings,
+        # A cache never holds the last token.
+        context=min(config.max_position_embeddings, engine.pool.n_pages * options.page_size + 1),
         bos=config.bos_token_id,
         eos=sorted(engine.end_ids),
         dtype=str(engine.model.precision.compute).removeprefix("torch."),

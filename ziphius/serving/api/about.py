@@ -12,7 +12,6 @@ from ziphius.serving.api.context import Context
 from ziphius.serving.api.description import answers
 from ziphius.serving.api.documents import Cleared, Health, Model, Models, Readiness, Restarting
 from ziphius.serving.api.shapes import json_response
-from ziphius.serving.errors import ApiError
 from ziphius.serving.gate import Gate
 from ziphius.serving.metrics import Metrics
 
@@ -60,9 +59,7 @@ def router(context: Context, metrics: Metrics, gate: Gate) -> APIRouter:
     @routes.post("/admin/engine/restart", response_model=None, responses=answers(Restarting))
     async def restart(request: Request) -> Response:
         """Start the engine again; what runs ends with an error."""
-        if engine.runner is None:
-            raise ApiError(503, "the engine has not been started yet", retry=5)
-        engine.runner.kill()
+        engine.restart()
         return json_response({"restarting": True})
 
     return routes
@@ -83,7 +80,7 @@ def card(context: Context) -> dict[str, Any]:
         "created": served.created,
         "owned_by": "ziphius",
         "root": served.name,
-        "max_model_len": model.context if model is not None else None,
+        "max_model_len": context.length,
         "ziphius": {
             "chat": served.chats,
             "thinking": served.thinking,

@@ -76,7 +76,7 @@ class Chat:
         answering = await turn.begin(context, fields, noted(self._request))
         if fields.streams:
             return EventStream(
-                guarded(self._request, self._stream(answering)),
+                guarded(self._request, self._stream(answering, turn)),
                 ping_seconds=context.options.limits.ping_seconds,
                 headers=told(fields),
             )
@@ -87,19 +87,22 @@ class Chat:
     async def _whole(self, answering: Answering, turn: Turn) -> Response:
         async with answering:
             answers = await answering.collect()
-        body = {
-            **self._head,
-            "object": "chat.completion",
-            "choices": [self._choice(answer) for answer in answers],
-            "usage": answering.usage.openai(),
-        }
-        if self._fields.return_token_ids:
-            body["prompt_token_ids"] = turn.prompt.token_ids
-        if self._fields.prompt_logprobs is not None:
-            body["prompt_logprobs"] = logprob_shapes.by_id(
-                self._context.served, answering.prompt_logprobs
-            )
-        return json_response(body, told(self._fields))
+        fields, served = self._fields, self._context.served
+
+        def answer() -> Response:
+            body = {
+                **self._head,
+                "object": "chat.completion",
+                "choices": [self._choice(answer) for answer in answers],
+                "usage": answering.usage.openai(),
+            }
+            if fields.return_token_ids:
+                body["prompt_token_ids"] = turn.prompt.token_ids
+            if fields.prompt_logprobs is not None:
+                body["prompt_logprobs"] = logprob_shapes.by_id(served, answering.prompt_logprobs)
+            return json_response(body, told(fields))
+
+        return await self._context.aside(logprob_shapes.work(fields, answering.usage), answer)
 
     def _choice(self, answer: Collected) -> dict[str, Any]:
         choice = {
@@ -132,12 +135,14 @@ class Chat:
 
     # --- streamed ---------------------------------------------------------------------------------
 
-    async def _stream(self, answering: Answering) -> AsyncIterator[bytes]:
+    async def _stream(self, answering: Answering, turn: Turn) -> AsyncIterator[bytes]:
         fields = self._fields
+        more = {"prompt_token_ids": turn.prompt.token_ids} if fields.return_token_ids else {}
         async with answering:
             async for event in answering:
                 for chunk in self._chunks(event):
-                    yield data(self._chunk(chunk, answering.usage))
+                    yield data({**self._chunk(chunk, answering.usage), **more})
+                    more = {}
             if fields.wants_usage:
                 yield data({**self._chunk(None), "usage": answering.usage.openai()})
         yield DONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
@@ -19,7 +20,14 @@ from ziphius.serving.api import documents
 from ziphius.serving.api import logprobs as logprob_shapes
 from ziphius.serving.api.context import Context, guarded, new_id, noted, told
 from ziphius.serving.api.description import answers
-from ziphius.serving.api.sampling import MOST_LOGPROBS, SamplingFields, Text
+from ziphius.serving.api.sampling import (
+    MOST_LOGPROBS,
+    IdLists,
+    Ids,
+    SamplingFields,
+    Text,
+    Texts,
+)
 from ziphius.serving.api.shapes import json_response
 from ziphius.serving.link import Job
 from ziphius.serving.parse import Parser
@@ -34,8 +42,9 @@ class CompletionFields(SamplingFields):
 
     model_config = documents.shown({"prompt": "def double(x):", "max_tokens": 8})
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: Text | Texts | Ids | IdLists
     suffix: Text | None = None
+    add_special_tokens: bool | None = None
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     max_tokens: int | None = Field(None, ge=0)
@@ -93,14 +102,17 @@ class Completion:
         context, fields = self._context, self._fields
         context.require_model(fields.model)
         fields.require_honourable()
-        asks = [await self._ask(prompt) for prompt in fields.prompts()]
+        prompts = fields.prompts()
+        asks = await context.aside(
+            sum(map(len, prompts)), lambda: [self._ask(prompt) for prompt in prompts]
+        )
         params = self._params()
-        n, score_only = params.n, fields.max_tokens == 0
+        n, score_only, log = params.n, fields.max_tokens == 0, noted(self._request)
         jobs: list[tuple[Job, list[Parser | None]]] = [
-            (context.job(ask.token_ids, params, fields, score_only=score_only), [None] * n)
+            (context.job(ask.token_ids, params, fields, log, score_only=score_only), [None] * n)
             for ask in asks
         ]
-        begun = await begin_all(context.engine, jobs, noted(self._request))
+        begun = await begin_all(context.engine, jobs, log)
         if fields.streams:
             events = guarded(self._request, self._stream(asks, begun))
             return EventStream(
@@ -110,21 +122,27 @@ class Completion:
             )
         return await until_gone(self._request.receive, self._whole(asks, begun))
 
-    async def _ask(self, prompt: str | list[int]) -> Ask:
-        served, fields = self._context.served, self._fields
+    def _ask(self, prompt: str | list[int]) -> Ask:
+        context, fields = self._context, self._fields
+        served = context.served
         if isinstance(prompt, list):
             if fields.suffix is not None:
                 raise BadInput("suffix: needs a prompt of text")
-            text = served.text(prompt) if fields.echo else None
-            return Ask(text, prompt)
+            kept = context.kept(prompt, fields)
+            return Ask(served.text(kept) if fields.echo else None, kept)
         if fields.suffix is not None:
             return Ask(prompt, served.around(prompt, fields.suffix))
-        return Ask(prompt, await self._context.aside(len(prompt), served.tokens, prompt))
+        special = fields.add_special_tokens is not False
+        whole = served.tokens(prompt, special=special)
+        kept = context.kept(whole, fields)
+        return Ask(prompt if len(kept) == len(whole) else served.text(kept), kept)
 
     def _params(self) -> SamplingParams:
         fields, served = self._fields, self._context.served
         if fields.echo and fields.streams and fields.logprobs is not None:
             raise BadInput("echo with logprobs: the prompt's are known at the end: set stream off")
+        if fields.suffix is not None and (fields.echo or fields.truncate_prompt_tokens is not None):
+            raise BadInput("suffix: can't be combined with echo or truncate_prompt_tokens")
         more: dict[str, Any] = {
             "max_tokens": max(1, fields.max_tokens if fields.max_tokens is not None else 16),
             "logprobs": fields.logprobs,
@@ -137,21 +155,26 @@ class Completion:
             ),
         }
         if fields.echo and fields.logprobs is not None:
-            more["prompt_logprobs"] = fields.logprobs
+            more["prompt_logprobs"] = max(fields.logprobs, fields.prompt_logprobs or 0)
         return served.params(fields.given(), **more)
 
     # --- whole ------------------------------------------------------------------------------------
 
     async def _whole(self, asks: list[Ask], begun: list[Answering]) -> Response:
-        choices: list[dict[str, Any]] = []
+        whole: list[tuple[Ask, Answering, Collected]] = []
         async with AsyncExitStack() as stack:
             for answering in begun:
                 await stack.enter_async_context(answering)
             for ask, answering in zip(asks, begun, strict=True):
-                for collected in await answering.collect():
-                    choices.append(self._choice(len(choices), ask, answering, collected))
-        body = {**self._head, "choices": choices, "usage": _sum(begun).openai()}
-        return json_response(body, told(self._fields))
+                whole += [(ask, answering, one) for one in await answering.collect()]
+        usage = _sum(begun)
+
+        def answer() -> Response:
+            choices = [self._choice(index, *one) for index, one in enumerate(whole)]
+            body = {**self._head, "choices": choices, "usage": usage.openai()}
+            return json_response(body, told(self._fields))
+
+        return await self._context.aside(logprob_shapes.work(self._fields, usage), answer)
 
     def _choice(
         self, index: int, ask: Ask, answering: Answering, collected: Collected
@@ -164,7 +187,7 @@ class Completion:
             ids, offsets = list(collected.token_ids), [len(echoed) + o for o in collected.offsets]
             entries: list[Scored | None] = list(collected.logprobs)
             if fields.echo:
-                before = answering.prompt_logprobs or []
+                before = logprob_shapes.cut(answering.prompt_logprobs or [], fields.logprobs)
                 entries = [*before, *entries]
                 starts = _starts(served.spell, ask.token_ids, echoed)
                 ids, offsets = [*ask.token_ids, *ids], [*starts, *offsets]
@@ -179,27 +202,39 @@ class Completion:
         if fields.return_token_ids:
             choice |= {"token_ids": collected.token_ids, "prompt_token_ids": ask.token_ids}
         if fields.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = logprob_shapes.by_id(served, answering.prompt_logprobs)
+            few = logprob_shapes.cut(answering.prompt_logprobs or [], fields.prompt_logprobs)
+            choice["prompt_logprobs"] = logprob_shapes.by_id(served, few)
         return choice
 
     # --- streamed ---------------------------------------------------------------------------------
 
     async def _stream(self, asks: list[Ask], begun: list[Answering]) -> AsyncIterator[bytes]:
         fields, n = self._fields, self._fields.n or 1
-        echoed: set[int] = set()
+        begun_choices: set[int] = set()
+        always = fields.wants_usage_always
         async with AsyncExitStack() as stack:
             for answering in begun:
                 await stack.enter_async_context(answering)
             async for place, event in merged(begun):
                 index = place * n + event.index
                 text = "".join(piece.text for piece in event.pieces)
-                if fields.echo and index not in echoed:
-                    echoed.add(index)
-                    text = (asks[place].text or "") + text
-                yield data(self._chunk([self._piece(index, event, text)], _sum(begun)))
+                piece = self._piece(index, event, text)
+                if index not in begun_choices:
+                    begun_choices.add(index)
+                    piece |= self._head_of(asks[place], text)
+                yield data(self._chunk([piece], _sum(begun) if always else None))
             if fields.wants_usage:
                 yield data({**self._chunk([]), "usage": _sum(begun).openai()})
         yield DONE
+
+    def _head_of(self, ask: Ask, text: str) -> dict[str, Any]:
+        """Return what only an answer's first piece has, or has otherwise."""
+        head: dict[str, Any] = {}
+        if self._fields.echo:
+            head["text"] = (ask.text or "") + text
+        if self._fields.return_token_ids:
+            head["prompt_token_ids"] = ask.token_ids
+        return head
 
     def _chunk(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
         fields = self._fields
@@ -239,10 +274,12 @@ def _starts(spell: Any, token_ids: Sequence[int], text: str) -> list[int]:
     The first token, which a text does not spell, begins with it.
     """
     spelled = [bytes(spell(token)[1]) for token in token_ids]
-    skipped = len(b"".join(spelled)) - len(text.encode())
-    starts, at = [], -max(skipped, 0)
-    whole = text.encode()
+    skipped = max(0, sum(map(len, spelled)) - len(text.encode()))
+    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+    starts, at = [], 0
     for piece in spelled:
-        starts.append(len(whole[: max(at, 0)].decode(errors="ignore")))
-        at += len(piece)
+        starts.append(at)
+        left_out = min(skipped, len(piece))
+        skipped -= left_out
+        at += len(decoder.decode(piece[left_out:]))
     return starts

@@ -6,15 +6,17 @@ import asyncio
 import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from fastapi import Request
 
 from ziphius import __version__
+from ziphius.config.errors import BadInput
+from ziphius.inference.params import SamplingParams
 from ziphius.serving.api.sampling import Body, SamplingFields
 from ziphius.serving.engine import EngineProcess
-from ziphius.serving.errors import ApiError, as_api_error
+from ziphius.serving.errors import ApiError, ContextExceeded, as_api_error
 from ziphius.serving.gate import Noted
 from ziphius.serving.link import Job
 from ziphius.serving.options import ServeOptions
@@ -53,16 +55,55 @@ class Context:
                 param="model",
             )
 
-    def job(self, prompt_ids: list[int], params: Any, fields: SamplingFields, **more: Any) -> Job:
-        """Return a job with the route's shared fields."""
+    @property
+    def length(self) -> int | None:
+        """Tokens that a prompt and its answer may have together; None while the model loads."""
+        link = self.engine.link
+        return link.model.context if link is not None and link.model is not None else None
+
+    def job(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        fields: SamplingFields,
+        noted: Noted,
+        *,
+        score_only: bool = False,
+    ) -> Job:
+        """Return a job with the route's shared fields, and an answer that ends with the context.
+
+        Raises ContextExceeded for a prompt that leaves no room, and BadInput for a priority where
+        all requests are alike.
+        """
+        if fields.priority and not self.options.priorities:
+            raise BadInput("priority: this server takes requests as they come: leave it out")
+        if self.length is not None:
+            room = self.length - len(prompt_ids)
+            if room < 1:
+                raise ContextExceeded(
+                    f"the prompt has {len(prompt_ids)} tokens and the context {self.length}, the "
+                    "answer included: shorten the prompt"
+                )
+            params = replace(params, max_tokens=min(params.max_tokens or room, room))
         return Job(
             prompt_ids=prompt_ids,
             params=params,
-            priority=fields.priority or 0,
-            salt=(fields.cache_salt or "").encode("utf-8", "replace"),
+            # As vLLM has it, whose field it is: the lower, the sooner.
+            priority=-(fields.priority or 0),
+            # What one key has sent is not found in the cache by another.
+            salt=noted.tenant + (fields.cache_salt or "").encode("utf-8", "replace"),
             seconds=self.options.limits.request_seconds,
-            **more,
+            score_only=score_only,
         )
+
+    def kept(self, token_ids: list[int], fields: SamplingFields) -> list[int]:
+        """Return the last tokens of a prompt, as many as are to be kept. Raises BadInput for 0."""
+        most = fields.truncate_prompt_tokens
+        if most == 0:
+            raise BadInput("truncate_prompt_tokens = 0: keep a token at least; -1 keeps what fits")
+        if most == -1:
+            most = max(1, (self.length or 2) - 1)
+        return token_ids if most is None else token_ids[-most:]
 
     async def aside(self, size: int, function: Callable[..., T], *given: Any, **named: Any) -> T:
         """Call a function of a text of ``size`` characters, on a thread where it is long."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -15,10 +14,10 @@ from ziphius.inference.tools import check_tools
 from ziphius.serving.answers import Answering
 from ziphius.serving.api.context import Context
 from ziphius.serving.api.documents import REFUSED, NamedTool, Spoken, Tool
-from ziphius.serving.api.sampling import SamplingFields
+from ziphius.serving.api.sampling import FIRST, SamplingFields, Texts
 from ziphius.serving.gate import Noted
 from ziphius.serving.parse import Parser
-from ziphius.serving.served import Prompt
+from ziphius.serving.served import Prompt, Served
 from ziphius.serving.structured import structure
 
 MOST_MESSAGES = 10_000
@@ -27,10 +26,10 @@ MOST_MESSAGES = 10_000
 class ConversationFields(SamplingFields):
     """A conversation, and what the model may answer with."""
 
-    messages: list[Spoken] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: Annotated[list[Spoken], FIRST] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], FIRST] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = Field(None, max_length=32)
@@ -40,7 +39,7 @@ class ConversationFields(SamplingFields):
     thinking_token_budget: Annotated[int | None, REFUSED] = Field(None, ge=0)
     # Understood, and not done.
     audio: Annotated[dict[str, Any] | None, REFUSED] = None
-    modalities: list[str] | None = None
+    modalities: Texts | None = None
     functions: Annotated[list[Any] | None, REFUSED] = None
     function_call: Annotated[Any | None, REFUSED] = None
     web_search_options: Annotated[Any | None, REFUSED] = None
@@ -88,30 +87,13 @@ class Turn:
         context.require_model(fields.model)
         fields.require_honourable()
         served = context.served
-        messages = [as_known(message) for message in fields.messages]
-        # Clients that name no ids, or others, send their results in order.
-        with suppress(BadInput, KeyError, TypeError):
-            messages = results_in_order(messages)
-        tools = fields.tools if fields.tool_choice != "none" else None
-        prompt = await context.aside(
-            characters(messages),
-            served.conversation,
-            messages,
-            tools=tools,
-            add_generation_prompt=fields.add_generation_prompt is not False,
-            go_on=bool(fields.continue_final_message),
-            options=fields.template_options(),
+        prompt, structured = await context.aside(
+            len(str(fields.messages)) + len(str((fields.tools, fields.response_format))),
+            _render,
+            served,
+            fields,
         )
-        structured = structure(
-            served.markers,
-            served.template.calls,
-            in_reasoning=prompt.in_reasoning,
-            response_format=fields.response_format,
-            guided=fields.guided(),
-            tools=check_tools(fields.tools),
-            tool_choice=fields.tool_choice,
-            parallel_tool_calls=fields.parallel_tool_calls,
-        )
+        prompt = replace(prompt, token_ids=context.kept(prompt.token_ids, fields))
         most = fields.max_completion_tokens or fields.max_tokens
         params = served.params(
             fields.given(),
@@ -120,11 +102,11 @@ class Turn:
             logprobs=logprobs,
             **structured,
         )
-        return cls(prompt, params, bool(tools))
+        return cls(prompt, params, bool(fields.tools) and fields.tool_choice != "none")
 
     async def begin(self, context: Context, fields: ConversationFields, noted: Noted) -> Answering:
         """Give it to the engine."""
-        job = context.job(self.prompt.token_ids, self.params, fields)
+        job = context.job(self.prompt.token_ids, self.params, fields, noted)
         return await Answering.begin(context.engine, job, self.parsers(context), noted)
 
     def parsers(self, context: Context) -> list[Parser | None]:
@@ -133,6 +115,29 @@ class Turn:
         return [
             served.parser(self.prompt.in_reasoning, tools=self.tools) for _ in range(self.params.n)
         ]
+
+
+def _render(served: Served, fields: ConversationFields) -> tuple[Prompt, dict[str, Any]]:
+    """Return a conversation's prompt, and the parameters that hold its answer to a form."""
+    messages = [as_known(message) for message in fields.messages]
+    prompt = served.conversation(
+        in_call_order(messages),
+        tools=fields.tools if fields.tool_choice != "none" else None,
+        add_generation_prompt=fields.add_generation_prompt is not False,
+        go_on=bool(fields.continue_final_message),
+        options=fields.template_options(),
+    )
+    structured = structure(
+        served.markers,
+        served.template.calls,
+        in_reasoning=prompt.in_reasoning,
+        response_format=fields.response_format,
+        guided=fields.guided(),
+        tools=check_tools(fields.tools),
+        tool_choice=fields.tool_choice,
+        parallel_tool_calls=fields.parallel_tool_calls,
+    )
+    return prompt, structured
 
 
 def as_known(message: dict[str, Any]) -> dict[str, Any]:
@@ -160,12 +165,35 @@ def results_in_order(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
         while place < len(messages) and messages[place]["role"] == "tool":
             results.setdefault(messages[place]["tool_call_id"], messages[place])
             place += 1
-        for made in message.get("tool_calls", ()):
+        for made in message.get("tool_calls") or ():
             if made["id"] not in results:
                 raise BadInput(f"the call '{made['id'][:100]}' has no result: send one behind it")
             ordered.append(results.pop(made["id"]))
         for unknown in results:
             raise BadInput(f"a result of '{unknown[:100]}': the message before has no such call")
+    return ordered
+
+
+def in_call_order(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with results in the order of their calls, wherever their ids tell it.
+
+    Clients that name no ids, or others, send their results in order.
+    """
+    ordered: list[dict[str, Any]] = []
+    turn: list[dict[str, Any]] = []
+
+    def close() -> None:
+        try:
+            ordered.extend(results_in_order(turn))
+        except (BadInput, KeyError, TypeError, AttributeError):
+            ordered.extend(turn)
+        turn.clear()
+
+    for message in messages:
+        if message.get("role") != "tool":
+            close()
+        turn.append(message)
+    close()
     return ordered
 
 

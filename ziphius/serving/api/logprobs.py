@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ziphius.inference.logprobs import Scored
+from ziphius.serving.answers import Usage
+from ziphius.serving.api.sampling import SamplingFields
 from ziphius.serving.served import Served
 
 
@@ -50,6 +52,22 @@ def of_completion(
         "top_logprobs": tops,
         "text_offset": list(offsets),
     }
+
+
+def cut(scored: Sequence[Scored | None], count: int) -> list[Scored | None]:
+    """Return log-probabilities with so many alternatives at most."""
+    return [None if one is None else one._replace(top=one.top[:count]) for one in scored]
+
+
+def work(fields: SamplingFields, usage: Usage) -> int:
+    """Return about how many characters a whole answer's log-probabilities have."""
+    asked = getattr(fields, "top_logprobs", None) or getattr(fields, "logprobs", None)
+    of_prompt = fields.prompt_logprobs
+    if getattr(fields, "echo", False) and asked is not None:
+        of_prompt = max(of_prompt or 0, asked)
+    entries = usage.completion * (1 + int(asked)) if asked is not None else 0
+    entries += usage.prompt * (1 + of_prompt) if of_prompt is not None else 0
+    return 20 * entries
 
 
 def name(served: Served, token: int) -> str:

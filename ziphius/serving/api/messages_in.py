@@ -11,7 +11,7 @@ from pydantic import Field
 from ziphius.config.errors import BadInput
 from ziphius.serving.api.conversation import MOST_MESSAGES, ConversationFields, results_in_order
 from ziphius.serving.api.documents import TALK, shown
-from ziphius.serving.api.sampling import Body, SamplingFields, Text
+from ziphius.serving.api.sampling import Body, Objects, SamplingFields, Text, Watched
 from ziphius.serving.api.translated import call, conversation, string, texts
 
 # What stands where a model's arguments are no JSON object, as Anthropic advises clients to do.
@@ -58,9 +58,9 @@ class CountFields(SamplingFields):
 
     model_config = shown({"messages": TALK})
 
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_MESSAGES)
-    system: Text | list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Objects = Field(min_length=1, max_length=MOST_MESSAGES)
+    system: Text | Objects | None = None
+    tools: Objects | None = None
     tool_choice: ChoiceFields | None = None
     thinking: ThinkingFields | None = None
     output_config: OutputFields | None = None
@@ -121,7 +121,7 @@ class MessageFields(CountFields):
     model_config = shown({"messages": TALK, "max_tokens": 8})
 
     max_tokens: int = Field(ge=1)
-    stop_sequences: list[str] | None = Field(None, max_length=1000)
+    stop_sequences: Watched | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from ziphius.config.errors import BadInput
 from ziphius.serving.api.conversation import MOST_MESSAGES, ConversationFields, results_in_order
 from ziphius.serving.api.documents import shown
-from ziphius.serving.api.sampling import MOST_LOGPROBS, Body, SamplingFields, Text
+from ziphius.serving.api.sampling import (
+    MOST_LOGPROBS,
+    Body,
+    Objects,
+    SamplingFields,
+    Text,
+    Texts,
+    few,
+)
 from ziphius.serving.api.translated import call, conversation, string, texts
 
 LOGPROBS = "message.output_text.logprobs"
@@ -41,17 +49,17 @@ class ResponseFields(SamplingFields):
 
     model_config = shown({"input": "How deep do whales dive?", "max_output_tokens": 8})
 
-    input: Text | list[dict[str, Any]] = Field(default_factory=list)
+    input: Text | Objects = Field(default_factory=list)
     instructions: Text | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextFields | None = None
     reasoning: ReasoningFields | None = None
-    include: list[str] | None = None
+    include: Texts | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], few(_MOST_METADATA)] | None = None
     store: bool | None = None
     previous_response_id: str | None = Field(None, max_length=128)
     truncation: Literal["auto", "disabled"] | None = None
@@ -95,8 +103,6 @@ class ResponseFields(SamplingFields):
 
     def _check_metadata(self) -> None:
         metadata = self.metadata or {}
-        if len(metadata) > _MOST_METADATA:
-            raise BadInput(f"metadata: at most {_MOST_METADATA} pairs")
         for key, value in metadata.items():
             if len(key) > _LONGEST_KEY or len(value) > _LONGEST_VALUE:
                 raise BadInput(

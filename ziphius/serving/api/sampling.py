@@ -5,14 +5,25 @@ from __future__ import annotations
 from dataclasses import fields as dataclass_fields
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ziphius.config.errors import BadInput
 from ziphius.inference.params import SamplingParams
 from ziphius.serving.api.documents import REFUSED, TextFormat
 
 Text = Annotated[str, Field(max_length=8 << 20)]
-MOST_LOGPROBS = 100
+# A list stops being read at its first wrong item: an error for each of a million would hold up
+# everybody's streams.
+FIRST = Field(fail_fast=True)
+Texts = Annotated[list[Text], FIRST]
+Ids = Annotated[list[int], FIRST]
+IdLists = Annotated[list[Ids], FIRST]
+Objects = Annotated[list[dict[str, Any]], FIRST]
+# Looked for after every token of an answer.
+Short = Annotated[str, Field(max_length=1000)]
+Watched = Annotated[list[Short], Field(fail_fast=True, max_length=64)]
+MOST_LOGPROBS = 20
+MOST_BIASES = 4096
 # Bounds far beyond any use, within which logits stay finite.
 Bias = Annotated[float, Field(ge=-1e4, le=1e4)]
 LEAST_REPETITION_PENALTY = 0.01
@@ -26,6 +37,17 @@ class Body(BaseModel):
     def ignored(self) -> list[str]:
         """Name the fields that nothing here understands."""
         return sorted(self.model_extra or ())
+
+
+def few(most: int) -> BeforeValidator:
+    """Refuse an object of more than ``most`` fields before each of them is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"at most {most} fields")
+        return value
+
+    return BeforeValidator(check)
 
 
 class StreamOptions(Body):
@@ -42,7 +64,7 @@ class GuideFields(Body):
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Texts | None = None
     guided_grammar: str | None = None
 
     def guided(self) -> dict[str, Any]:
@@ -66,14 +88,14 @@ class SamplingFields(GuideFields):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=LEAST_REPETITION_PENALTY, le=10)
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: Short | Watched | None = None
+    stop_token_ids: Ids | None = Field(None, max_length=1024)
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
-    logit_bias: dict[str, Bias] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    logit_bias: Annotated[dict[str, Bias], few(MOST_BIASES)] | None = None
+    allowed_token_ids: Ids | None = None
+    bad_words: Watched | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     stream: bool | None = None
@@ -81,6 +103,8 @@ class SamplingFields(GuideFields):
     priority: int | None = Field(None, ge=-1000, le=1000)
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     return_token_ids: bool | None = None
+    # Keep the prompt's last tokens only; -1: as many as the context has room for.
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
     user: str | None = None
     # Understood, and not done: refused rather than passed over.
     best_of: int | None = None
@@ -97,6 +121,8 @@ class SamplingFields(GuideFields):
             raise BadInput("kv_transfer_params: this server does prefill and decode in one place")
         if self.stream_options is not None and not self.stream:
             raise BadInput("stream_options: is for streams: set stream to true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise BadInput("prompt_logprobs: are known at the end: set stream to false")
 
     @property
     def streams(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
 from pydantic import Field
@@ -19,7 +19,7 @@ from ziphius.serving.api.documents import (
     Tokens,
     shown,
 )
-from ziphius.serving.api.sampling import Body, Text
+from ziphius.serving.api.sampling import FIRST, Body, Ids, Objects, Text
 from ziphius.serving.api.shapes import json_response
 
 
@@ -30,11 +30,11 @@ class TokenizeFields(Body):
 
     model: str | None = None
     prompt: Text | None = None
-    messages: list[Spoken] | None = None
+    messages: Annotated[list[Spoken], FIRST] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -44,7 +44,7 @@ class DetokenizeFields(Body):
     model_config = shown({"tokens": [0, 5]})
 
     model: str | None = None
-    tokens: list[int] = Field(max_length=1_000_000)
+    tokens: Ids = Field(max_length=1_000_000)
 
 
 def router(context: Context) -> APIRouter:
@@ -73,18 +73,17 @@ def router(context: Context) -> APIRouter:
                 options=fields.chat_template_kwargs,
             )
             ids = prompt.token_ids
-        link = context.engine.link
-        context_length = link.model.context if link is not None and link.model else None
-        body = {"tokens": ids, "count": len(ids), "max_model_len": context_length}
+        body = {"tokens": ids, "count": len(ids), "max_model_len": context.length}
         if fields.return_token_strs:
-            body["token_strs"] = [served.spell(token)[0] for token in ids]
+            body["token_strs"] = await context.aside(len(ids), served.texts, ids)
         return json_response(body)
 
     @routes.post("/detokenize", response_model=None, responses=answers(Detokenized))
     async def detokenize(fields: DetokenizeFields) -> Response:
         """Put tokens together to text."""
         context.require_model(fields.model)
-        return json_response({"prompt": served.text(fields.tokens)})
+        text = await context.aside(len(fields.tokens), served.text, fields.tokens)
+        return json_response({"prompt": text})
 
     @routes.get("/tokenizer_info", response_model=None, responses=answers(TokenizerInfo))
     async def tokenizer_info() -> Response:
