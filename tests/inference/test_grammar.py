@@ -398,8 +398,8 @@ def test_json_has_few_blanks_at_a_place(text: str, follows: bool) -> None:
         "required": ["a"],
     }
     asked = {**schema, "x-guidance": {"whitespace_flexible": True}}
-    for given, expected in ((schema, follows), (asked, True)):
-        matcher = grammars.matcher(Constraint("json_schema", json.dumps(given)))
+    for source, expected in ((schema, follows), (asked, True)):
+        matcher = grammars.matcher(Constraint("json_schema", json.dumps(source)))
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         try:
             for token in ids:

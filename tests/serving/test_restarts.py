@@ -315,11 +315,13 @@ def test_there_is_nothing_to_restart_before_the_start() -> None:
 
 def test_an_operator_may_restart_as_often_as_they_like(whale: Transformer) -> None:
     limits = Limits(max_restarts=1, drain_seconds=2.0)
-    with running(lambda: make_engine(whale), limits=limits, admin_key="operator-key") as started:
-        with started.client(headers={"authorization": "Bearer operator-key"}) as client:
-            for count in range(1, 4):
-                started.until(lambda: started.application.engine.state == "ready")
-                assert client.post("/admin/engine/restart").json() == {"restarting": True}
-                started.until(lambda count=count: started.application.engine.restarts == count)
+    with (
+        running(lambda: make_engine(whale), limits=limits, admin_key="operator-key") as started,
+        started.client(headers={"authorization": "Bearer operator-key"}) as client,
+    ):
+        for count in range(1, 4):
             started.until(lambda: started.application.engine.state == "ready")
-            known(started)
+            assert client.post("/admin/engine/restart").json() == {"restarting": True}
+            started.until(lambda count=count: started.application.engine.restarts == count)
+        started.until(lambda: started.application.engine.state == "ready")
+        known(started)
