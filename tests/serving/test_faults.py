@@ -272,7 +272,7 @@ def test_the_cache_is_cleared_while_answers_come(whale: Transformer) -> None:
 def test_a_client_that_does_not_read_is_dropped(whale: Transformer) -> None:
     # Answers of several MB: more than the sockets hold between them.
     limits = Limits(write_seconds=0.5, drain_seconds=1.0)
-    big = {**LONG, "n": 4, "logprobs": 50, "max_tokens": 490}
+    big = {**LONG, "n": 12, "logprobs": 20, "max_tokens": 490}
     with running(lambda: make_engine(whale), limits=limits, kernel_bytes=8192) as server:
         expected, tasks = known(server), tasks_of(server)
         for body in (big, {**big, "stream": False}):
