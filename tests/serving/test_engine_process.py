@@ -15,7 +15,7 @@ import pytest
 from tests.serving.clients import KNOWN, LONG, error_of
 from tests.serving.programs import ENDLESS, Asking, Program, alive, program, written
 
-STALL, RESTART = 1.5, 3.0
+STALL, RESTART = 2.5, 5.0
 
 
 @pytest.fixture(scope="module")

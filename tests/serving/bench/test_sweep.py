@@ -64,8 +64,9 @@ def test_an_open_loop_does_not_wait_for_answers() -> None:
     assert mock.most > 10
     assert (summary.answered, summary.rate, summary.concurrency) == (20, 50.0, None)
     assert summary.late is not None
-    assert summary.late.p50 < 0.05
-    assert summary.seconds < 0.6 + 1.0
+    # A closed loop of one would be late by 0.6 s for each request before: 5.7 s in the middle.
+    assert summary.late.p50 < 0.6
+    assert summary.seconds < 20 * 0.6
 
 
 def test_progress_and_levels_are_told_in_order() -> None:
