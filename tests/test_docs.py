@@ -61,7 +61,9 @@ def serving(folder: Path, command: list[str], shown: str) -> Iterator[None]:
 
 
 def run_in(folder: Path, command: list[str], shown: str) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, f"{shown}\n{done.stdout}\n{done.stderr}"
 
 
