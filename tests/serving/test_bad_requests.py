@@ -218,6 +218,15 @@ def test_routes_methods_models(client: httpx.Client) -> None:
     assert client.post(COMPLETIONS, json={"prompt": "a", "model": NAME}).is_success
 
 
+def test_a_slash_too_many_leads_nowhere(client: httpx.Client) -> None:
+    for path in ("/health/", "/docs/", "/v1/models/", COMPLETIONS + "/"):
+        for method in ("GET", "POST"):
+            answer = client.request(method, path, headers={"host": "elsewhere.example"})
+            assert answer.status_code in (404, 405), (method, path, answer.headers)
+            error_of(answer)
+    assert client.get("/health/").status_code == 404
+
+
 def test_another_content_type(client: httpx.Client) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "x"):
         answer = client.post(

@@ -58,6 +58,7 @@ class Application:
             lifespan=self._lifespan,
             docs_url=None,  # ours is one of the pages: nothing of it comes from elsewhere
             redoc_url=None,
+            redirect_slashes=False,  # it would go to wherever the request's Host says
         )
         self.gate = Gate(self.fastapi, options, on_answer=self._note)
         self.asgi: ASGIApp = self.gate
