@@ -9,7 +9,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,13 +99,12 @@ class Gate:
         path, limits = scope["path"], self._options.limits
         if path in ALWAYS:
             return _Counted(Counter(), "")
-        key = bearer(scope)
-        self._check_key(path, key)
+        key = self._checked_key(path, keys_of(scope))
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down", retry=5)
         if self.open > limits.max_open:
             raise ApiError(503, f"{self.open} requests are open", code="server_full", retry=1)
-        client = key if self._options.api_keys and key else (scope.get("client") or ("",))[0]
+        client = key or (scope.get("client") or ("",))[0]
         if path.startswith(GUARDED) and self._of_client[client] >= limits.max_per_client:
             raise ApiError(
                 429,
@@ -115,23 +114,25 @@ class Gate:
             )
         return _Counted(self._of_client, client)
 
-    def _check_key(self, path: str, key: str) -> None:
+    def _checked_key(self, path: str, keys: list[str]) -> str:
+        """Return the key of a request that opens its path, of several the one that does."""
         if path.startswith(ADMIN):
             admin = self._options.admin_key
             if admin is None:
                 raise ApiError(403, "admin routes are off: start the server with an admin key")
-            if not _equal(key, admin):
+            key = known_key(keys, [admin])
+            if key is None:
                 raise ApiError(401, "this route needs the admin key", code="invalid_api_key")
-        elif path.startswith(GUARDED) and self._options.api_keys:
-            # All are compared, so that time tells nothing.
-            known = sum(_equal(key, one) for one in self._options.api_keys)
-            if not known:
-                raise ApiError(
-                    401,
-                    "a valid API key is needed: send 'Authorization: Bearer KEY'",
-                    code="invalid_api_key",
-                    headers={"www-authenticate": "Bearer"},
-                )
+            return key
+        key = known_key(keys, self._options.api_keys)
+        if key is None and path.startswith(GUARDED) and self._options.api_keys:
+            raise ApiError(
+                401,
+                "a valid API key is needed: send 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        return key or ""
 
 
 class _Counted:
@@ -233,14 +234,21 @@ def _request_id(scope: Scope) -> str:
     return f"req-{secrets.token_hex(12)}"
 
 
-def bearer(scope: Scope) -> str:
-    """Return the key of a request, as OpenAI's clients send it, or Anthropic's; else nothing."""
+def keys_of(scope: Scope) -> list[str]:
+    """Return a request's keys, as OpenAI's clients send them, and Anthropic's: some send both."""
+    found = []
     for name, value in scope["headers"]:
         if name == b"authorization" and value[:7].lower() == b"bearer ":
-            return str(value[7:].decode("latin-1")).strip()
-        if name == b"x-api-key":
-            return str(value.decode("latin-1")).strip()
-    return ""
+            found.append(str(value[7:].decode("latin-1")).strip())
+        elif name == b"x-api-key":
+            found.append(str(value.decode("latin-1")).strip())
+    return found
+
+
+def known_key(given: Sequence[str], known: Sequence[str]) -> str | None:
+    """Return the first given key that is known. All are compared, so that time tells nothing."""
+    found = [one for one in given if sum(_equal(one, other) for other in known)]
+    return found[0] if found else None
 
 
 def _equal(given: str, known: str) -> bool:

@@ -20,7 +20,7 @@ from ziphius.serving.api.responses_out import Output, TextScores, usage
 from ziphius.serving.api.responses_store import Kept, ResponseStore
 from ziphius.serving.api.shapes import json_response
 from ziphius.serving.api.translated import as_json
-from ziphius.serving.gate import bearer
+from ziphius.serving.gate import keys_of, known_key
 from ziphius.serving.sse import EventStream, event, until_gone
 
 Json = dict[str, Any]
@@ -64,7 +64,7 @@ def router(context: Context) -> APIRouter:
 
 def owner(context: Context, request: Request) -> str:
     """Return whose responses a request may see: where keys are set, those of its key."""
-    return bearer(request.scope) if context.options.api_keys else ""
+    return known_key(keys_of(request.scope), context.options.api_keys) or ""
 
 
 class Responding:
