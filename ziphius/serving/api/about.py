@@ -33,6 +33,7 @@ def router(context: Context, metrics: Metrics, gate: Gate) -> APIRouter:
         context.require_model(model)
         return json_response(card(context))
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health", response_model=None, responses=_either(Health))
     async def health() -> Response:
         """Say whether the engine answers. 503 while it loads, and when it stands still."""
@@ -40,6 +41,7 @@ def router(context: Context, metrics: Metrics, gate: Gate) -> APIRouter:
         body = {"status": "ok" if state == "ready" else state, "detail": engine.why(state)}
         return json_response(body, status=200 if state == "ready" else 503)
 
+    @routes.head("/ready", include_in_schema=False)
     @routes.get("/ready", response_model=None, responses=_either(Readiness))
     async def ready() -> Response:
         """Say whether new requests are taken: no longer once the server shuts down."""
