@@ -37,7 +37,12 @@ def router(context: Context) -> APIRouter:
         """Answer a text or a list of items, streamed or whole."""
         return await Responding(context, store, fields, request).answer()
 
-    @routes.get("/v1/responses/{response_id}", response_model=None, responses=answers(Answered))
+    @routes.get(
+        "/v1/responses/{response_id}",
+        summary="Get a stored response",
+        response_model=None,
+        responses=answers(Answered),
+    )
     async def kept(response_id: str, request: Request, stream: bool = False) -> Response:
         """Give a stored response again."""
         if stream:
@@ -45,14 +50,22 @@ def router(context: Context) -> APIRouter:
         found = store.get(response_id, owner(context, request))
         return Response(found.response, media_type="application/json")
 
-    @routes.delete("/v1/responses/{response_id}", response_model=None, responses=answers(Deleted))
+    @routes.delete(
+        "/v1/responses/{response_id}",
+        summary="Delete a stored response",
+        response_model=None,
+        responses=answers(Deleted),
+    )
     async def forget(response_id: str, request: Request) -> Response:
         """Forget a stored response."""
         store.delete(response_id, owner(context, request))
         return json_response({"id": response_id, "object": "response.deleted", "deleted": True})
 
     @routes.post(
-        "/v1/responses/{response_id}/cancel", response_model=None, responses=answers(Answered)
+        "/v1/responses/{response_id}/cancel",
+        summary="Cancel a response",
+        response_model=None,
+        responses=answers(Answered),
     )
     async def cancel(response_id: str, request: Request) -> Response:
         """Refuse: what is stored has ended. To end one that runs, close its connection."""
