@@ -27,11 +27,13 @@ def fail(server: TestServer, spoil: Callable[[], Any]) -> tuple[APIStatusError, 
 
     link.submit = counting  # type: ignore[method-assign]
     spoil()
-    with OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=2) as client:
-        with pytest.raises(APIStatusError) as raised:
-            client.completions.create(
-                model=NAME, prompt="a whale", max_tokens=400, extra_body={"ignore_eos": True}
-            )
+    with (
+        OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=2) as client,
+        pytest.raises(APIStatusError) as raised,
+    ):
+        client.completions.create(
+            model=NAME, prompt="a whale", max_tokens=400, extra_body={"ignore_eos": True}
+        )
     return raised.value, len(asked)
 
 
