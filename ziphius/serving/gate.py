@@ -76,7 +76,7 @@ class Gate:
             for close in request.noted.closing:
                 close()
             self.open -= 1
-            request.status = 499 if request.left else request.status or 499
+            request.status = request.final_status(scope.get("refused"))
             self._on_answer(request, _route(request.scope))
             _log(request, scope, request.status)
 
@@ -157,8 +157,9 @@ class Passing:
         self.began = time.monotonic()
         self.status: int | None = None
         self.noted = Noted(receive=self.receive)
-        self.id = _request_id(scope)
-        self.scope = {**scope, "request_id": self.id, "noted": self.noted}
+        # In the connection's own scope: what it refuses of this request bears the same id.
+        self.id: str = scope.setdefault("request_id", request_id(scope))
+        self.scope = {**scope, "noted": self.noted}
         self._receive, self._send, self._limits = receive, send, limits
         self._body_bytes, self._body_ended = 0, False
         self.left = False  # the client, before its body's end
@@ -167,6 +168,13 @@ class Passing:
     def seconds(self) -> float:
         """How long it has taken so far."""
         return time.monotonic() - self.began
+
+    def final_status(self, refused: ApiError | None) -> int:
+        """Return what the client was answered; ``refused``: by its connection, behind our back."""
+        if refused is not None:
+            self.noted.error = str(refused)
+            return refused.status
+        return 499 if self.left else self.status or 499
 
     async def receive(self) -> Message:
         """Return the next piece of the body. Raises HTTPException beyond the limits.
@@ -226,11 +234,16 @@ def _route(scope: Scope) -> str:
     return getattr(route, "path", "other")
 
 
-def _request_id(scope: Scope) -> str:
+def request_id(scope: Scope) -> str:
     """Return the client's own id where it is harmless, else a new one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _ID.fullmatch(value):
             return str(value.decode())
+    return new_request_id()
+
+
+def new_request_id() -> str:
+    """Return an id for a request that has none."""
     return f"req-{secrets.token_hex(12)}"
 
 

@@ -16,7 +16,7 @@ import uvicorn
 
 from ziphius.config.errors import BadInput, ZiphiusError
 from ziphius.serving.app import Application
-from ziphius.serving.connection import Connection
+from ziphius.serving.connection import UVICORN, Connection
 from ziphius.serving.engine import EngineProcess, Subprocess
 from ziphius.serving.options import ServeOptions
 from ziphius.serving.served import Served
@@ -73,10 +73,12 @@ def serve(
 def configure(application: Application, tls: tuple[str, str] | None = None) -> uvicorn.Config:
     """Return uvicorn's settings: our own connections, no WebSockets, no logs beside ours."""
     limits = application.options.limits
+    refused = partial(application.metrics.answered, "none")
+    UVICORN.setLevel(logging.ERROR)
     return uvicorn.Config(
         application.asgi,
         loop="uvloop",
-        http=partial(Connection, limits=limits),  # type: ignore[arg-type]
+        http=partial(Connection, limits=limits, on_refused=refused),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         log_config=None,
