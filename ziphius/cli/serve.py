@@ -68,6 +68,14 @@ def serve(
         list[str] | None,
         typer.Option(help="Pages of this origin may use the server; may be repeated."),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Answer to this name in the Host header; may be repeated. By default, on an "
+            "address of this machine alone, only localhost, 127.0.0.1 and [::1], elsewhere any.",
+        ),
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="A certificate: HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="The certificate's key.")] = None,
     page: Annotated[
@@ -122,6 +130,7 @@ def serve(
     if (tls_cert is None) != (tls_key is None):
         raise BadInput("--tls-cert and --tls-key belong together: give both")
 
+    from ziphius.serving.hosts import hosts_for
     from ziphius.serving.logs import set_up
     from ziphius.serving.options import EngineSettings, Limits, ServeOptions
     from ziphius.serving.server import bind
@@ -146,6 +155,7 @@ def serve(
         api_keys=keys,
         admin_key=admin_key or os.environ.get("ZIPHIUS_ADMIN_KEY") or None,
         cors_origins=tuple(cors_origin or ()),
+        allowed_hosts=hosts_for(host, allowed_host or ()),
         profile=profile,
         chat_format=chat_format,
         page=page,

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ziphius.serving.errors import ApiError, as_api_error
+from ziphius.serving.hosts import check_host
 from ziphius.serving.options import ServeOptions
 from ziphius.serving.sse import ClientGone
 
@@ -97,6 +98,7 @@ class Gate:
     def _admitted(self, scope: Scope) -> _Counted:
         """Refuse what may not or cannot be answered now; count the rest until it is answered."""
         path, limits = scope["path"], self._options.limits
+        check_host(scope, self._options.allowed_hosts)
         if path in ALWAYS:
             return _Counted(Counter(), "")
         key = self._checked_key(path, keys_of(scope))
