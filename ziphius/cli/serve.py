@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -189,12 +190,17 @@ def _tell_beginning(serving: Any, url: str, host: str) -> None:
 
 
 def _tell_ready(application: Any, url: str) -> None:
-    model = application.engine.link.model
-    versions = dict(pair.split("=") for pair in model.kernels.split())
-    compiled = "compiled" if "cpp" in versions.values() else "PyTorch's"
-    typer.echo(
-        f"{application.served.name}: {model.parameters:,} parameters in {model.dtype}, loaded in "
-        f"{application.engine.link.load_seconds:.1f} s, {compiled} kernels\n"
-        f"chat page {url}/   OpenAI's routes {url}/v1   documentation {url}/docs",
-        err=True,
-    )
+    """Say what is served, and where. Nobody may read it, and the engine may have gone again."""
+    link = application.engine.link
+    model = link.model if link is not None else None
+    if model is None:
+        told = f"{application.served.name}: ready"
+    else:
+        compiled = "compiled" if "=cpp" in model.kernels else "PyTorch's"
+        told = (
+            f"{application.served.name}: {model.parameters:,} parameters in {model.dtype}, "
+            f"loaded in {link.load_seconds:.1f} s, {compiled} kernels"
+        )
+    pages = f"chat page {url}/   OpenAI's routes {url}/v1   documentation {url}/docs"
+    with suppress(OSError):
+        typer.echo(f"{told}\n{pages}", err=True)

@@ -152,5 +152,12 @@ class Draining(uvicorn.Server):
                 self.should_exit = True
             elif not told and engine.state == "ready":
                 told = True
-                self._on_ready(self._application)
+                self._tell_ready()
             await asyncio.sleep(0.05 if not told else 0.5)
+
+    def _tell_ready(self) -> None:
+        """Tell the operator. What fails there is no reason to look after the engine no more."""
+        try:
+            self._on_ready(self._application)
+        except Exception:
+            LOG.exception("that the engine is ready could not be told")
