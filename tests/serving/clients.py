@@ -28,7 +28,7 @@ def request(body: Any, path: str = "/v1/completions", *headers: str, method: str
     """Return a request's bytes; a body that is not bytes is sent as JSON."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [
-        f"{method} {path} HTTP/1.1", "host: x", "content-type: application/json",
+        f"{method} {path} HTTP/1.1", "host: localhost", "content-type: application/json",
         f"content-length: {len(content)}", *headers,
     ]  # fmt: skip
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + content

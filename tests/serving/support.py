@@ -187,6 +187,7 @@ def running(
     profile: str = "none",
     chats: bool = False,
     spoil: Callable[[Application], None] = lambda application: None,
+    on_ready: Callable[[Application], None] = lambda application: None,
     kernel_bytes: int = 0,
     **options: Any,
 ) -> Iterator[TestServer]:
@@ -226,7 +227,12 @@ def running(
         engine = EngineProcess(runner, given.limits)
         application = Application(given, served, engine)
         spoil(application)
-        server = Draining(configure(application), application, lambda _: ready.set())
+
+        def tell(application: Application) -> None:
+            ready.set()
+            on_ready(application)
+
+        server = Draining(configure(application), application, tell)
         made.extend((application, server))
         server.run(sockets=[listening])
 

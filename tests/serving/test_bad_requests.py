@@ -218,6 +218,31 @@ def test_routes_methods_models(client: httpx.Client) -> None:
     assert client.post(COMPLETIONS, json={"prompt": "a", "model": NAME}).is_success
 
 
+def test_a_slash_too_many_leads_nowhere(client: httpx.Client) -> None:
+    for path in ("/health/", "/docs/", "/v1/models/", COMPLETIONS + "/"):
+        for method in ("GET", "POST"):
+            answer = client.request(method, path, headers={"host": "elsewhere.example"})
+            assert answer.status_code in (404, 405), (method, path, answer.headers)
+            error_of(answer)
+    assert client.get("/health/").status_code == 404
+
+
+def test_probes_may_ask_for_the_head_alone(client: httpx.Client) -> None:
+    for path in ("/health", "/ready"):
+        whole, head = client.get(path), client.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == whole.headers["content-length"]
+        assert client.post(path).headers["allow"] == "GET, HEAD"
+
+
+def test_files_of_the_pages_are_asked_for_anew(client: httpx.Client) -> None:
+    """A page must not run with the parts of another version."""
+    answer = client.get("/page/main.js")
+    assert answer.headers["cache-control"] == "no-cache"
+    again = client.get("/page/main.js", headers={"if-none-match": answer.headers["etag"]})
+    assert (again.status_code, again.headers["cache-control"]) == (304, "no-cache")
+
+
 def test_another_content_type(client: httpx.Client) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "x"):
         answer = client.post(

@@ -69,6 +69,8 @@ def test_forms_of_a_key(client: httpx.Client) -> None:
     for headers in (
         bearer(KEY), bearer(OTHER), {"x-api-key": KEY}, {"authorization": f"bearer {KEY}"},
         {"authorization": f"Bearer  {KEY}"}, {"Authorization": "Basic x", "X-Api-Key": OTHER},
+        # A client's own default beside what it was told.
+        {**bearer("made-up-by-a-client"), "x-api-key": KEY}, {**bearer(KEY), "x-api-key": "none"},
     ):  # fmt: skip
         assert client.post("/v1/completions", headers=headers, json=ASK).is_success
 

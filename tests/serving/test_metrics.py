@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,6 +126,75 @@ def test_nothing_is_kept_of_requests_that_were_left(server: TestServer) -> None:
     server.until(lambda: not [one for one in gc.get_objects() if type(one) is Stream], 5)
 
 
+def test_answers_of_an_engine_that_died_are_counted(server: TestServer) -> None:
+    with connected(server.url) as raw:
+        raw.sendall(request({**LONG, "n": 3}))
+        read_until(raw, b"data: ")
+        server.runner.kill()
+        assert b"engine_unavailable" in read_until(raw, b"engine_unavailable")
+    server.until(lambda: server.application.engine.restarts == 1)
+    found = read(server)
+    assert value(found, "ziphius_answers_total", finished_reason="error") == 3
+    assert value(found, "ziphius_answers_total", finished_reason="abort") == 0
+    server.until(lambda: server.application.engine.state == "ready")
+    assert ask(server).is_success
+
+
+def test_the_time_in_the_queue(server: TestServer) -> None:
+    """From the request to its first step, whatever the steps take, and not to its first token."""
+    server.runner.frozen.set()
+    server.until(lambda: server.runner.standing.is_set())
+    inner = server.engine.step
+
+    def slow() -> Any:
+        time.sleep(0.2)
+        return inner()
+
+    server.engine.step = slow  # type: ignore[method-assign]
+    with connected(server.url) as raw:
+        raw.sendall(request({**ASK, "max_tokens": 2, "n": 2}))
+        time.sleep(0.5)  # the line is no queue less than the engine's own
+        server.runner.frozen.clear()
+        read_until(raw, b"}}")
+    server.until_idle()
+    found = read(server)
+    name = "ziphius_queue_seconds"
+    assert value(found, f"{name}_count") == 1
+    waited, first = value(found, f"{name}_sum"), value(found, "ziphius_ttft_seconds_sum")
+    assert waited > 0.4
+    assert first - waited > 0.19
+
+
+def test_who_leaves_the_queue_for_good_has_not_left_it_for_a_step(server: TestServer) -> None:
+    with connected(server.url) as raw:
+        raw.sendall(request({**LONG, "n": 4}))
+        read_until(raw, b"data: ")
+        with connected(server.url) as other:
+            other.sendall(request(ASK))
+            server.until(lambda: len(server.engine._requests) == 5)
+        server.until(lambda: len(server.engine._requests) == 4)
+    server.until_idle()
+    assert value(read(server), "ziphius_queue_seconds_count") == 1
+    worker = server.runner.worker
+    assert worker is not None
+    assert not worker._queued
+
+
+def test_steps_with_drafts(whale: Transformer) -> None:
+    with running(lambda: make_engine(whale, speculation="on", draft_depth=1)) as server:
+        assert ask(server, max_tokens=20).is_success
+        server.until_idle()
+        found, judged = read(server), server.engine.acceptance.judged
+        assert value(found, "vllm:spec_decode_num_drafts_total") == judged[0] > 5
+
+
+def test_the_cache_is_described(server: TestServer) -> None:
+    found = read(server)
+    pages = str(server.engine.pool.n_pages)
+    for name in ("ziphius_cache_config_info", "vllm:cache_config_info"):
+        assert value(found, name, block_size="32", num_gpu_blocks=pages) == 1
+
+
 def test_aliases_are_equal(server: TestServer) -> None:
     assert ask(server).is_success
     server.until_idle()
@@ -145,5 +215,5 @@ def test_aliases_are_equal(server: TestServer) -> None:
 
 def belongs(sample: str, family: str) -> bool:
     return sample.startswith(family) and sample.removeprefix(family) in (
-        "", "_total", "_bucket", "_count", "_sum", "_created",
+        "", "_info", "_total", "_bucket", "_count", "_sum", "_created",
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import jsonschema
@@ -120,6 +121,11 @@ def test_every_operation_says_what_it_answers(document: Any) -> None:
     for method, path, operation in operations(document):
         name = f"{method} {path}"
         assert len(operation["summary"]) > 3, name
+        # It is for people: no name of ours, but of what the path is about.
+        named, said = (
+            set(re.findall(r"[a-z]+", one.lower())) for one in (path, operation["summary"])
+        )
+        assert {one.rstrip("s") for one in named} & {one.rstrip("s") for one in said}, name
         content = resolved(document, operation["responses"]["200"])["content"]
         if path == "/metrics":
             assert list(content) == ["text/plain"]

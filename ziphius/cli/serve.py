@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,6 +76,14 @@ def serve(
         list[str] | None,
         typer.Option(help="Pages of this origin may use the server; may be repeated."),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Answer to this name in the Host header; may be repeated. By default, on an "
+            "address of this machine alone, only localhost, 127.0.0.1 and [::1], elsewhere any.",
+        ),
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="A certificate: HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="The certificate's key.")] = None,
     page: Annotated[
@@ -129,6 +138,7 @@ def serve(
     if (tls_cert is None) != (tls_key is None):
         raise BadInput("--tls-cert and --tls-key belong together: give both")
 
+    from ziphius.serving.hosts import hosts_for
     from ziphius.serving.logs import set_up
     from ziphius.serving.options import EngineSettings, Limits, ServeOptions
     from ziphius.serving.server import bind
@@ -153,6 +163,7 @@ def serve(
         api_keys=keys,
         admin_key=admin_key or os.environ.get("ZIPHIUS_ADMIN_KEY") or None,
         cors_origins=tuple(cors_origin or ()),
+        allowed_hosts=hosts_for(host, allowed_host or ()),
         profile=profile,
         chat_format=chat_format,
         page=page,
@@ -187,12 +198,17 @@ def _tell_beginning(serving: Any, url: str, host: str) -> None:
 
 
 def _tell_ready(application: Any, url: str) -> None:
-    model = application.engine.link.model
-    versions = dict(pair.split("=") for pair in model.kernels.split())
-    compiled = "compiled" if "cpp" in versions.values() else "PyTorch's"
-    typer.echo(
-        f"{application.served.name}: {model.parameters:,} parameters in {model.dtype}, loaded in "
-        f"{application.engine.link.load_seconds:.1f} s, {compiled} kernels\n"
-        f"chat page {url}/   OpenAI's routes {url}/v1   documentation {url}/docs",
-        err=True,
-    )
+    """Say what is served, and where. Nobody may read it, and the engine may have gone again."""
+    link = application.engine.link
+    model = link.model if link is not None else None
+    if model is None:
+        told = f"{application.served.name}: ready"
+    else:
+        compiled = "compiled" if "=cpp" in model.kernels else "PyTorch's"
+        told = (
+            f"{application.served.name}: {model.parameters:,} parameters in {model.dtype}, "
+            f"loaded in {link.load_seconds:.1f} s, {compiled} kernels"
+        )
+    pages = f"chat page {url}/   OpenAI's routes {url}/v1   documentation {url}/docs"
+    with suppress(OSError):
+        typer.echo(f"{told}\n{pages}", err=True)

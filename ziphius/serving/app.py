@@ -24,6 +24,7 @@ from ziphius.serving.api.description import describe
 from ziphius.serving.engine import EngineProcess
 from ziphius.serving.errors import handle
 from ziphius.serving.gate import Gate, Passing
+from ziphius.serving.hosts import ByHost
 from ziphius.serving.metrics import Metrics
 from ziphius.serving.options import ServeOptions
 from ziphius.serving.pages import add_pages
@@ -58,18 +59,20 @@ class Application:
             lifespan=self._lifespan,
             docs_url=None,  # ours is one of the pages: nothing of it comes from elsewhere
             redoc_url=None,
+            redirect_slashes=False,  # it would go to wherever the request's Host says
         )
         self.gate = Gate(self.fastapi, options, on_answer=self._note)
         self.asgi: ASGIApp = self.gate
         if options.cors_origins:
             # Outside the gate: a browser asks first without a key, and must read refusals too.
-            self.asgi = CORSMiddleware(
+            cors = CORSMiddleware(
                 self.gate,
                 allow_origins=list(options.cors_origins),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
                 expose_headers=["x-request-id", "retry-after"],
             )
+            self.asgi = ByHost(options.allowed_hosts, cors, self.gate)
         self._add_routes()
 
     def _note(self, request: Passing, route: str) -> None:

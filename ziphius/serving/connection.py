@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from ziphius.serving.errors import ApiError, encode
+from ziphius.serving.gate import ACCESS, new_request_id, request_id
 from ziphius.serving.options import Limits
 
 LOG = logging.getLogger("ziphius.serving")
+# Where uvicorn warns of what clients do wrong, of which our own log has a line.
+UVICORN = logging.getLogger("uvicorn.error.connection")
 
 # A body in chunks of a byte is framed by five: more than this many to a byte is no body.
 _FRAMING = 16
@@ -25,11 +29,21 @@ _PHRASES = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fie
 
 
 class Connection(HttpToolsProtocol):
-    """One connection of uvicorn's server; its requests come one after another."""
+    """One connection of uvicorn's server; its requests come one after another.
 
-    def __init__(self, *given: Any, limits: Limits, **named: Any) -> None:
+    ``on_refused`` is told the status of an answer to what never was a request.
+    """
+
+    def __init__(
+        self,
+        *given: Any,
+        limits: Limits,
+        on_refused: Callable[[int], None] = lambda status: None,
+        **named: Any,
+    ) -> None:
         super().__init__(*given, **named)
-        self._limits = limits
+        self.logger = UVICORN
+        self._limits, self._on_refused = limits, on_refused
         # Between a message's end and the end of the next one's head.
         self._in_head = True
         self._overhead = 0  # bytes of this message, less what its body accounts for
@@ -56,12 +70,12 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Take a request's head. What is raised here ends the connection with a 400."""
         self._stop("head")
-        self._in_head = False
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self._limits.max_head_bytes:
             self._refusal = self._too_large()
             raise self._refusal
         super().on_headers_complete()
+        self._in_head = False  # a head that is no good belongs to no request
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body."""
@@ -112,13 +126,27 @@ class Connection(HttpToolsProtocol):
         own = cycle is self.cycle and not self._in_head  # the error is in this request's body
         if cycle is None or cycle.response_complete or (own and not cycle.response_started):
             body = encode(error.body)
+            if cycle is None or cycle.response_complete:
+                known = self._note(error)
+            else:
+                known = _refused_in(cycle, error)
             head = (
                 f"HTTP/1.1 {error.status} {_PHRASES[error.status]}\r\n"
-                "content-type: application/json\r\n"
+                f"content-type: application/json\r\nx-request-id: {known}\r\n"
                 f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + body)
         self._close()
+
+    def _note(self, error: ApiError) -> str:
+        """Log and count what never came to be a request; return the id for it."""
+        fields = {
+            "request_id": new_request_id(), "method": "-", "path": "-", "status": error.status,
+            "error": str(error),
+        }  # fmt: skip
+        ACCESS.info("request", extra={"fields": fields})
+        self._on_refused(error.status)
+        return str(fields["request_id"])
 
     # --- what is not taken ------------------------------------------------------------------------
 
@@ -177,3 +205,11 @@ class Connection(HttpToolsProtocol):
     def _stop(self, name: str) -> None:
         if (timer := self._timers.pop(name, None)) is not None:
             timer.cancel()
+
+
+def _refused_in(cycle: RequestResponseCycle, error: ApiError) -> str:
+    """Tell the gate, which logs this request, what it was answered; return its id."""
+    scope: Any = cycle.scope
+    scope["refused"] = error
+    found: str = scope.setdefault("request_id", request_id(scope))  # it may not have begun
+    return found

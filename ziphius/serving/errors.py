@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import Request
@@ -17,6 +18,8 @@ from ziphius.inference.errors import RequestError
 from ziphius.serving.link import Busy, EngineGone
 
 _METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+# Of what would end the same way again: OpenAI's clients repeat every 5xx that does not say so.
+_ONCE: Mapping[str, str] = MappingProxyType({"x-should-retry": "false"})
 _LONGEST = 500  # characters of a client's own input that a message repeats
 TYPES: Mapping[int, str] = {
     400: "invalid_request_error",
@@ -91,9 +94,9 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, BadInput):
         return ApiError(400, _short(str(error)))
     if isinstance(error, TimedOut):
-        return ApiError(504, str(error), code="timeout")
+        return ApiError(504, str(error), code="timeout", headers=_ONCE)
     if isinstance(error, RequestError):
-        return ApiError(500, str(error), code="generation_failed")
+        return ApiError(500, str(error), code="generation_failed", headers=_ONCE)
     if isinstance(error, RequestValidationError):
         return _invalid(error.errors())
     if isinstance(error, HTTPException):

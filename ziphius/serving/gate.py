@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ziphius.serving.errors import ApiError, as_api_error
+from ziphius.serving.hosts import check_host
 from ziphius.serving.options import ServeOptions
 from ziphius.serving.sse import ClientGone
 
@@ -79,7 +80,7 @@ class Gate:
             for close in request.noted.closing:
                 close()
             self.open -= 1
-            request.status = 499 if request.left else request.status or 499
+            request.status = request.final_status(scope.get("refused"))
             self._on_answer(request, _route(request.scope))
             _log(request, scope, request.status)
 
@@ -100,17 +101,17 @@ class Gate:
     def _admitted(self, scope: Scope) -> _Counted:
         """Refuse what may not or cannot be answered now; count the rest until it is answered."""
         path, limits = scope["path"], self._options.limits
+        check_host(scope, self._options.allowed_hosts)
         if path in ALWAYS:
             return _Counted(Counter(), "")
-        key = bearer(scope)
-        self._check_key(path, key)
+        key = self._checked_key(path, keys_of(scope))
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down", retry=5)
         if self.open > limits.max_open:
             raise ApiError(503, f"{self.open} requests are open", code="server_full", retry=1)
-        client = (scope.get("client") or ("",))[0]
-        if self._options.api_keys and key:
-            client, scope["noted"].tenant = key, hashlib.sha256(key.encode()).digest()
+        client = key or (scope.get("client") or ("",))[0]
+        if key:
+            scope["noted"].tenant = hashlib.sha256(key.encode()).digest()
         if path.startswith(GUARDED) and self._of_client[client] >= limits.max_per_client:
             raise ApiError(
                 429,
@@ -120,23 +121,25 @@ class Gate:
             )
         return _Counted(self._of_client, client)
 
-    def _check_key(self, path: str, key: str) -> None:
+    def _checked_key(self, path: str, keys: list[str]) -> str:
+        """Return the key of a request that opens its path, of several the one that does."""
         if path.startswith(ADMIN):
             admin = self._options.admin_key
             if admin is None:
                 raise ApiError(403, "admin routes are off: start the server with an admin key")
-            if not _equal(key, admin):
+            key = known_key(keys, [admin])
+            if key is None:
                 raise ApiError(401, "this route needs the admin key", code="invalid_api_key")
-        elif path.startswith(GUARDED) and self._options.api_keys:
-            # All are compared, so that time tells nothing.
-            known = sum(_equal(key, one) for one in self._options.api_keys)
-            if not known:
-                raise ApiError(
-                    401,
-                    "a valid API key is needed: send 'Authorization: Bearer KEY'",
-                    code="invalid_api_key",
-                    headers={"www-authenticate": "Bearer"},
-                )
+            return key
+        key = known_key(keys, self._options.api_keys)
+        if key is None and path.startswith(GUARDED) and self._options.api_keys:
+            raise ApiError(
+                401,
+                "a valid API key is needed: send 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        return key or ""
 
 
 class _Counted:
@@ -161,8 +164,9 @@ class Passing:
         self.began = time.monotonic()
         self.status: int | None = None
         self.noted = Noted(receive=self.receive)
-        self.id = _request_id(scope)
-        self.scope = {**scope, "request_id": self.id, "noted": self.noted}
+        # In the connection's own scope: what it refuses of this request bears the same id.
+        self.id: str = scope.setdefault("request_id", request_id(scope))
+        self.scope = {**scope, "noted": self.noted}
         self._receive, self._send, self._limits = receive, send, limits
         self._body_bytes, self._body_ended = 0, False
         self.left = False  # the client, before its body's end
@@ -171,6 +175,13 @@ class Passing:
     def seconds(self) -> float:
         """How long it has taken so far."""
         return time.monotonic() - self.began
+
+    def final_status(self, refused: ApiError | None) -> int:
+        """Return what the client was answered; ``refused``: by its connection, behind our back."""
+        if refused is not None:
+            self.noted.error = str(refused)
+            return refused.status
+        return 499 if self.left else self.status or 499
 
     async def receive(self) -> Message:
         """Return the next piece of the body. Raises HTTPException beyond the limits.
@@ -230,22 +241,34 @@ def _route(scope: Scope) -> str:
     return getattr(route, "path", "other")
 
 
-def _request_id(scope: Scope) -> str:
+def request_id(scope: Scope) -> str:
     """Return the client's own id where it is harmless, else a new one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _ID.fullmatch(value):
             return str(value.decode())
+    return new_request_id()
+
+
+def new_request_id() -> str:
+    """Return an id for a request that has none."""
     return f"req-{secrets.token_hex(12)}"
 
 
-def bearer(scope: Scope) -> str:
-    """Return the key of a request, as OpenAI's clients send it, or Anthropic's; else nothing."""
+def keys_of(scope: Scope) -> list[str]:
+    """Return a request's keys, as OpenAI's clients send them, and Anthropic's: some send both."""
+    found = []
     for name, value in scope["headers"]:
         if name == b"authorization" and value[:7].lower() == b"bearer ":
-            return str(value[7:].decode("latin-1")).strip()
-        if name == b"x-api-key":
-            return str(value.decode("latin-1")).strip()
-    return ""
+            found.append(str(value[7:].decode("latin-1")).strip())
+        elif name == b"x-api-key":
+            found.append(str(value.decode("latin-1")).strip())
+    return found
+
+
+def known_key(given: Sequence[str], known: Sequence[str]) -> str | None:
+    """Return the first given key that is known. All are compared, so that time tells nothing."""
+    found = [one for one in given if sum(_equal(one, other) for other in known)]
+    return found[0] if found else None
 
 
 def _equal(given: str, known: str) -> bool:

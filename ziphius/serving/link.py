@@ -171,6 +171,9 @@ class Link:
         self.on_part: Callable[[Stream, Part], None] = lambda stream, part: None
         self.on_end: Callable[[Stream], None] = lambda stream: None
         self.on_leave: Callable[[Stream], None] = lambda stream: None
+        # The server's own end of it; and a request's first step, after so many seconds.
+        self.on_loss: Callable[[Stream], None] = lambda stream: None
+        self.on_begin: Callable[[Stream, float], None] = lambda stream, seconds: None
         self._socket, self._clock = socket, clock
         self._last_heard = clock()
         self._streams: dict[int, Stream] = {}
@@ -243,6 +246,7 @@ class Link:
             self._drop(stream)
             self._cancel(stream)
             stream.finish(error=EngineGone(reason))
+            self.on_loss(stream)
 
     def close(self, reason: str) -> None:
         """Take nothing more, and end every request with EngineGone. Safe to repeat."""
@@ -252,6 +256,7 @@ class Link:
             for stream in list(self._streams.values()):
                 self._drop(stream)
                 stream.finish(error=EngineGone(reason))
+                self.on_loss(stream)
             self._ready.set()
             self._socket.close(linger=0)
 
@@ -292,6 +297,10 @@ class Link:
         self._send_again()
         if isinstance(report, Beat):
             self.numbers = report.numbers
+            began = time.monotonic() - report.ago
+            for number in report.begun:
+                if (stream := self._streams.get(number)) is not None:
+                    self.on_begin(stream, max(0.0, began - stream.began))
             for part in report.parts:
                 if (stream := self._streams.get(part.id)) is not None:
                     if stream.first is None:

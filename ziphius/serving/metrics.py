@@ -17,9 +17,10 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from ziphius.serving.link import Link, Stream
-from ziphius.serving.wire import Numbers, Part
+from ziphius.serving.wire import ModelInfo, Numbers, Part
 
 _TTFT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 80)
+_QUEUE = (0.001, 0.005, 0.02, 0.1, 0.3, 0.5, 1, 2, 5, 10, 20, 40, 80, 160, 320, 600)
 _ITL = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2.5)
 _WHOLE = (0.1, 0.3, 0.5, 1, 2, 5, 10, 20, 40, 60, 120, 240, 600)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16_384, 65_536)
@@ -38,14 +39,17 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "ziphius_preemptions": "vllm:num_preemptions",
         "ziphius_ttft_seconds": "vllm:time_to_first_token_seconds",
         "ziphius_inter_token_seconds": "vllm:inter_token_latency_seconds",
+        "ziphius_queue_seconds": "vllm:request_queue_time_seconds",
         "ziphius_request_seconds": "vllm:e2e_request_latency_seconds",
         "ziphius_request_prompt_tokens": "vllm:request_prompt_tokens",
         "ziphius_request_generation_tokens": "vllm:request_generation_tokens",
         "ziphius_answers": "vllm:request_success",
         "ziphius_rejections": "vllm:admission_rejections",
+        "ziphius_drafts": "vllm:spec_decode_num_drafts",
         "ziphius_draft_tokens": "vllm:spec_decode_num_draft_tokens",
         "ziphius_draft_tokens_accepted": "vllm:spec_decode_num_accepted_tokens",
         "ziphius_draft_tokens_accepted_by_place": "vllm:spec_decode_num_accepted_tokens_per_pos",
+        "ziphius_cache_config": "vllm:cache_config",
     }
 )
 
@@ -73,6 +77,7 @@ class Metrics:
             return made if extra else made.labels(model)
 
         self._ttft = histogram("ttft_seconds", "Seconds to the first token.", _TTFT)
+        self._queue = histogram("queue_seconds", "Seconds from request to its first step.", _QUEUE)
         self._itl = histogram("inter_token_seconds", "Seconds between tokens of an answer.", _ITL)
         self._whole = histogram("request_seconds", "Seconds from request to its end.", _WHOLE)
         self._prompts = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
@@ -96,7 +101,8 @@ class Metrics:
     def watch(self, link: Link) -> None:
         """Count what comes over a link."""
         noted = link.on_end
-        link.on_part, link.on_leave = self._part, self._left
+        link.on_part, link.on_leave, link.on_loss = self._part, self._left, self._lost
+        link.on_begin = lambda stream, seconds: self._queue.observe(seconds)
 
         def ended(stream: Stream) -> None:
             noted(stream)
@@ -125,6 +131,9 @@ class Metrics:
 
     def _left(self, stream: Stream) -> None:
         self._ends.labels(self.model, "abort").inc(stream.job.params.n - stream.ended)
+
+    def _lost(self, stream: Stream) -> None:
+        self._ends.labels(self.model, "error").inc(stream.job.params.n - stream.ended)
 
     def _end(self, stream: Stream) -> None:
         self._whole.observe(stream.last - stream.began)
@@ -180,11 +189,14 @@ class _Engine(Collector):
         yield counter("expired", "Requests whose time was up.", n.expired)
         yield counter("engine_steps", "Steps of the engine.", n.steps)
         yield counter("engine_restarts", "Times the engine was started again.", self._restarts())
+        # A draft at the first place is judged in every step of a sequence that has any.
+        yield counter("drafts", "Times that drafts of a sequence were judged.", sum(n.judged[:1]))
         yield counter("draft_tokens", "Drafts that were judged.", sum(n.judged))
         yield counter("draft_tokens_accepted", "Drafts that stood.", sum(n.accepted))
         yield self._by_place(n)
         if link is not None and link.model is not None:
             yield self._about(link)
+            yield self._cache(link.model)
 
     def _by_place(self, numbers: Numbers) -> Metric:
         family = CounterMetricFamily(
@@ -194,6 +206,14 @@ class _Engine(Collector):
         )
         for place, accepted in enumerate(numbers.accepted):
             family.add_metric([self._model, str(place)], accepted)
+        return family
+
+    def _cache(self, model: ModelInfo) -> Metric:
+        """Say it in vLLM's words, which routers look for."""
+        pages = model.cache_tokens // model.page_size
+        labels = {"block_size": str(model.page_size), "num_gpu_blocks": str(pages)}
+        family = InfoMetricFamily("ziphius_cache_config", "The cache's pages.", labels=[])
+        family.add_metric([], {"model_name": self._model, **labels})
         return family
 
     def _about(self, link: Link) -> Metric:

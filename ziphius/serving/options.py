@@ -70,6 +70,8 @@ class ServeOptions:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     admin_key: str | None = field(default=None, repr=False)
     cors_origins: tuple[str, ...] = ()
+    # The names that are answered to, from ``hosts.hosts_for``; none: any.
+    allowed_hosts: tuple[str, ...] = ()
     profile: str = "none"
     # V3, R1 or V3.1's format in place of the checkpoint's own template.
     chat_format: str | None = None

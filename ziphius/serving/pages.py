@@ -40,4 +40,7 @@ class _Parts(StaticFiles):
     async def get_response(self, path: str, scope: Scope) -> Response:
         if path.lower().endswith(".html"):
             raise HTTPException(404)
-        return await super().get_response(path, scope)
+        response = await super().get_response(path, scope)
+        # After an update a page must not run with the parts of the last one.
+        response.headers["cache-control"] = "no-cache"
+        return response

@@ -16,7 +16,7 @@ import uvicorn
 
 from ziphius.config.errors import BadInput, ZiphiusError
 from ziphius.serving.app import Application
-from ziphius.serving.connection import Connection
+from ziphius.serving.connection import UVICORN, Connection
 from ziphius.serving.engine import EngineProcess, Subprocess
 from ziphius.serving.options import ServeOptions
 from ziphius.serving.served import Served
@@ -73,10 +73,12 @@ def serve(
 def configure(application: Application, tls: tuple[str, str] | None = None) -> uvicorn.Config:
     """Return uvicorn's settings: our own connections, no WebSockets, no logs beside ours."""
     limits = application.options.limits
+    refused = partial(application.metrics.answered, "none")
+    UVICORN.setLevel(logging.ERROR)
     return uvicorn.Config(
         application.asgi,
         loop="uvloop",
-        http=partial(Connection, limits=limits),  # type: ignore[arg-type]
+        http=partial(Connection, limits=limits, on_refused=refused),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         log_config=None,
@@ -150,5 +152,12 @@ class Draining(uvicorn.Server):
                 self.should_exit = True
             elif not told and engine.state == "ready":
                 told = True
-                self._on_ready(self._application)
+                self._tell_ready()
             await asyncio.sleep(0.05 if not told else 0.5)
+
+    def _tell_ready(self) -> None:
+        """Tell the operator. What fails there is no reason to look after the engine no more."""
+        try:
+            self._on_ready(self._application)
+        except Exception:
+            LOG.exception("that the engine is ready could not be told")

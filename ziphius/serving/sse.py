@@ -85,29 +85,44 @@ class EventStream(Response):
             scope["noted"].finish = "client gone"
 
     async def _send_events(self, send: Send) -> None:
-        # The pings end first: what waits for an event must not be closed while it does.
-        pings = pinged(self._events, self._ping_seconds)
-        async with contextlib.aclosing(self._events), contextlib.aclosing(pings) as bodies:
-            async for body in bodies:
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+        async with contextlib.aclosing(self._events), _Pinged(send, self._ping_seconds) as line:
+            async for body in self._events:
+                await line.send(body)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def pinged(events: AsyncGenerator[bytes], seconds: float) -> AsyncGenerator[bytes]:
-    """Yield events, and a comment after every ``seconds`` without one."""
-    coming = asyncio.ensure_future(anext(events, None))
-    try:
+class _Pinged:
+    """Sends bodies one after another, and a comment after every ``seconds`` without one.
+
+    One task and one timer a stream look at when something was last sent: a chunk costs neither.
+    """
+
+    def __init__(self, send: Send, seconds: float) -> None:
+        self._send, self._seconds = send, seconds
+        self._now = asyncio.get_running_loop().time
+        self._last = self._now()
+        self._line = asyncio.Lock()
+
+    async def send(self, body: bytes) -> None:
+        """Send a body, once the one before it is sent."""
+        async with self._line:
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+            self._last = self._now()
+
+    async def _watch(self) -> None:
         while True:
-            done, _ = await asyncio.wait({coming}, timeout=seconds)
-            if not done:
-                yield PING
-                continue
-            body = coming.result()
-            if body is None:
-                return
-            yield body
-            coming = asyncio.ensure_future(anext(events, None))
-    finally:
-        coming.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await coming
+            left = self._last + self._seconds - self._now()
+            # An event that waits for its client needs no comment behind it.
+            if left <= 0 and not self._line.locked():
+                await self.send(PING)
+            await asyncio.sleep(left if left > 0 else self._seconds)
+
+    async def __aenter__(self) -> _Pinged:
+        self._watching = asyncio.create_task(self._watch(), name="pings")
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        self._watching.cancel()
+        await asyncio.wait({self._watching})
+        if not self._watching.cancelled():
+            self._watching.exception()  # seen: the events' own sends meet it too

@@ -139,6 +139,9 @@ class Beat(msgspec.Struct, tag="beat", array_like=True):
     numbers: Numbers
     parts: list[Part] = []
     ends: list[End] = []
+    # Requests that left the queue in this step, and how many seconds ago it began.
+    begun: list[int] = []
+    ago: float = 0.0
 
 
 Report = Ready | Failed | Refused | Taken | Beat

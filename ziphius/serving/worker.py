@@ -55,6 +55,7 @@ class Worker:
         self.engine, self._socket, self._clock = engine, socket, clock
         self._requests: dict[int, Request] = {}
         self._ids: dict[Request, int] = {}
+        self._queued: dict[int, Request] = {}  # of which nothing has been computed
         self._decoder = msgspec.msgpack.Decoder(Command)
         self._encoder = msgspec.msgpack.Encoder()
         self._stopping = False
@@ -104,6 +105,7 @@ class Worker:
             self._add(command)
         elif isinstance(command, Cancel):
             request = self._requests.pop(command.id, None)
+            self._queued.pop(command.id, None)
             if request is not None:
                 del self._ids[request]
                 self.engine.cancel(request)
@@ -134,11 +136,12 @@ class Worker:
         except Exception as error:  # a mistake of ours: one request's, not everybody's
             self.report(Refused(command.id, "failure", f"{type(error).__name__}: {_line(error)}"))
         else:
-            self._requests[command.id] = request
+            self._requests[command.id] = self._queued[command.id] = request
             self._ids[request] = command.id
             self.report(Taken(command.id))
 
     def _step(self) -> None:
+        began = self._clock()
         touched = [request for request in self.engine.step() if request in self._ids]
         parts, ends = [], []
         for request in touched:
@@ -147,7 +150,15 @@ class Worker:
             if request.finished:
                 ends.append(_end(number, request))
                 del self._ids[request], self._requests[number]
-        self.report(Beat(self._numbers(), parts, ends))
+        begun = self._begun()
+        self.report(Beat(self._numbers(), parts, ends, begun, self._clock() - began))
+
+    def _begun(self) -> list[int]:
+        """Return the requests that have left the queue since the last call."""
+        left = [number for number, request in self._queued.items()
+                if request.finished or request.sequences[0].cached >= 0]  # fmt: skip
+        requests = [(number, self._queued.pop(number)) for number in left]
+        return [number for number, request in requests if request.sequences[0].cached >= 0]
 
     def _numbers(self) -> Numbers:
         engine = self.engine

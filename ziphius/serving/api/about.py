@@ -21,17 +21,23 @@ def router(context: Context, metrics: Metrics, gate: Gate) -> APIRouter:
     routes = APIRouter(tags=["server"])
     engine = context.engine
 
-    @routes.get("/v1/models", response_model=None, responses=answers(Models))
+    @routes.get("/v1/models", summary="List models", response_model=None, responses=answers(Models))
     async def models() -> Response:
         """List the one model."""
         return json_response({"object": "list", "data": [card(context)]})
 
-    @routes.get("/v1/models/{model:path}", response_model=None, responses=answers(Model))
+    @routes.get(
+        "/v1/models/{model:path}",
+        summary="Describe a model",
+        response_model=None,
+        responses=answers(Model),
+    )
     async def model(model: str) -> Response:
         """Describe the model."""
         context.require_model(model)
         return json_response(card(context))
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health", response_model=None, responses=_either(Health))
     async def health() -> Response:
         """Say whether the engine answers. 503 while it loads, and when it stands still."""
@@ -39,24 +45,37 @@ def router(context: Context, metrics: Metrics, gate: Gate) -> APIRouter:
         body = {"status": "ok" if state == "ready" else state, "detail": engine.why(state)}
         return json_response(body, status=200 if state == "ready" else 503)
 
+    @routes.head("/ready", include_in_schema=False)
     @routes.get("/ready", response_model=None, responses=_either(Readiness))
     async def ready() -> Response:
         """Say whether new requests are taken: no longer once the server shuts down."""
         state = "draining" if gate.draining else engine.state
         return json_response({"status": state}, status=200 if state == "ready" else 503)
 
-    @routes.get("/metrics", response_model=None, response_class=PlainTextResponse)
+    @routes.get(
+        "/metrics", summary="Metrics", response_model=None, response_class=PlainTextResponse
+    )
     async def prometheus() -> Response:
         """Give the numbers that Prometheus reads."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @routes.post("/admin/cache/clear", response_model=None, responses=answers(Cleared))
+    @routes.post(
+        "/admin/cache/clear",
+        summary="Clear the cache",
+        response_model=None,
+        responses=answers(Cleared),
+    )
     async def clear(request: Request) -> Response:
         """Drop the cached prefixes that nobody uses."""
         engine.forget()
         return json_response({"cleared": True})
 
-    @routes.post("/admin/engine/restart", response_model=None, responses=answers(Restarting))
+    @routes.post(
+        "/admin/engine/restart",
+        summary="Restart the engine",
+        response_model=None,
+        responses=answers(Restarting),
+    )
     async def restart(request: Request) -> Response:
         """Start the engine again; what runs ends with an error."""
         engine.restart()

@@ -20,7 +20,7 @@ from ziphius.serving.api.responses_out import Output, TextScores, usage
 from ziphius.serving.api.responses_store import Kept, ResponseStore
 from ziphius.serving.api.shapes import json_response
 from ziphius.serving.api.translated import as_json
-from ziphius.serving.gate import bearer
+from ziphius.serving.gate import keys_of, known_key
 from ziphius.serving.sse import EventStream, event, until_gone
 
 Json = dict[str, Any]
@@ -37,7 +37,12 @@ def router(context: Context) -> APIRouter:
         """Answer a text or a list of items, streamed or whole."""
         return await Responding(context, store, fields, request).answer()
 
-    @routes.get("/v1/responses/{response_id}", response_model=None, responses=answers(Answered))
+    @routes.get(
+        "/v1/responses/{response_id}",
+        summary="Get a stored response",
+        response_model=None,
+        responses=answers(Answered),
+    )
     async def kept(response_id: str, request: Request, stream: bool = False) -> Response:
         """Give a stored response again."""
         if stream:
@@ -45,14 +50,22 @@ def router(context: Context) -> APIRouter:
         found = store.get(response_id, owner(context, request))
         return Response(found.response, media_type="application/json")
 
-    @routes.delete("/v1/responses/{response_id}", response_model=None, responses=answers(Deleted))
+    @routes.delete(
+        "/v1/responses/{response_id}",
+        summary="Delete a stored response",
+        response_model=None,
+        responses=answers(Deleted),
+    )
     async def forget(response_id: str, request: Request) -> Response:
         """Forget a stored response."""
         store.delete(response_id, owner(context, request))
         return json_response({"id": response_id, "object": "response.deleted", "deleted": True})
 
     @routes.post(
-        "/v1/responses/{response_id}/cancel", response_model=None, responses=answers(Answered)
+        "/v1/responses/{response_id}/cancel",
+        summary="Cancel a response",
+        response_model=None,
+        responses=answers(Answered),
     )
     async def cancel(response_id: str, request: Request) -> Response:
         """Refuse: what is stored has ended. To end one that runs, close its connection."""
@@ -64,7 +77,7 @@ def router(context: Context) -> APIRouter:
 
 def owner(context: Context, request: Request) -> str:
     """Return whose responses a request may see: where keys are set, those of its key."""
-    return bearer(request.scope) if context.options.api_keys else ""
+    return known_key(keys_of(request.scope), context.options.api_keys) or ""
 
 
 class Responding:
