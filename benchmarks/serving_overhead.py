@@ -1,6 +1,7 @@
 """What the server costs: tokens a second over HTTP beside the same engine in this process.
 
-Both answer the same prompts with the same options, in turn; over HTTP every answer is a stream of
+With as many threads as cores the engine shares them with the server and the client, with one fewer
+each has its own. Both answer the same prompts with the same options, in turn; over HTTP every answer is a stream of
 its own on loopback, read by the client of ``ziphius bench serve``, which takes cores too. Texts
 must be equal. Prints a table, and the figures as JSON in the last line.
 """
@@ -25,6 +26,7 @@ from support import alternate, report
 
 from ziphius.inference.llm import LLM
 from ziphius.inference.params import SamplingParams
+from ziphius.model.count import count
 from ziphius.serving.bench.load import Asking, Client
 from ziphius.serving.bench.prompts import Prompt
 from ziphius.serving.server import bind
@@ -33,13 +35,13 @@ READY_SECONDS = 300
 
 
 @contextmanager
-def serving(options: argparse.Namespace) -> Iterator[str]:
+def serving(checkpoint: Path, threads: int) -> Iterator[str]:
     """Start ``ziphius serve`` on a free port; yield its address once it answers."""
     with bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "ziphius", "serve", str(options.checkpoint)),
-        *("--port", str(port), "--threads", str(options.threads), "--speculation", "off"),
+        *(sys.executable, "-m", "ziphius", "serve", str(checkpoint)),
+        *("--port", str(port), "--threads", str(threads), "--speculation", "off"),
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
@@ -56,9 +58,8 @@ def serving(options: argparse.Namespace) -> Iterator[str]:
             server.communicate(timeout=60)
 
 
-def measure(options: argparse.Namespace, url: str, at_once: int) -> dict[str, Any]:
+def measure(options: argparse.Namespace, llm: LLM, url: str, at_once: int) -> dict[str, Any]:
     """Return both speeds at ``at_once`` requests, and the median of their ratios."""
-    llm = LLM(options.checkpoint, speculation="off", max_running=at_once)
     vocabulary = llm.model.config.vocab_size
     generator = torch.Generator().manual_seed(at_once)
     prompts = torch.randint(10, vocabulary, (at_once, options.prompt), generator=generator).tolist()
@@ -78,6 +79,8 @@ def measure(options: argparse.Namespace, url: str, at_once: int) -> dict[str, An
     tokens = at_once * options.new
     ratios = [a / b for a, b in zip(times["in process"], times["over HTTP"], strict=True)]
     return {
+        "parameters": count(llm.model.config).total,
+        "threads": torch.get_num_threads(),
         "at_once": at_once,
         **{
             f"{name.replace(' ', '_').lower()}_tokens_per_s": round(
@@ -106,9 +109,13 @@ async def ask(url: str, prompts: list[list[int]], new: int) -> list[str]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     title = "tokens a second over HTTP, beside the engine in this process"
-    table = Table("at once", "in process", "over HTTP", "ratio", title=title)
+    table = Table(
+        "parameters", "threads", "at once", "in process", "over HTTP", "ratio", title=title
+    )
     for row in rows:
         table.add_row(
+            f"{row['parameters']:,}",
+            str(row["threads"]),
             str(row["at_once"]),
             f"{row['in_process_tokens_per_s']:.0f}",
             f"{row['over_http_tokens_per_s']:.0f}",
@@ -119,9 +126,13 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     options = parse()
-    torch.set_num_threads(options.threads)
-    with serving(options) as url:
-        rows = [measure(options, url, at_once) for at_once in options.at_once]
+    rows = []
+    for checkpoint in options.checkpoints:
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            llm = LLM(checkpoint, speculation="off", max_running=max(options.at_once))
+            with serving(checkpoint, threads) as url:
+                rows += [measure(options, llm, url, at_once) for at_once in options.at_once]
     show(rows)
     figures = {"rows": rows, "prompt": options.prompt, "new": options.new}
     report("serving_overhead", figures, record=options.record)
@@ -130,13 +141,13 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "checkpoint", type=Path, nargs="?", default=Path("runs/quickstart"), help="what answers"
+        "checkpoints", type=Path, nargs="*", default=[Path("runs/quickstart")], help="what answers"
     )
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of the engine")
     parser.add_argument("--record", action="store_true", help="keep the result in results/")
     return parser.parse_args()
 
