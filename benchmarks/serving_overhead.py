@@ -1,9 +1,9 @@
 """What the server costs: tokens a second over HTTP beside the same engine in this process.
 
-With as many threads as cores the engine shares them with the server and the client, with one fewer
-each has its own. Both answer the same prompts with the same options, in turn; over HTTP every answer is a stream of
-its own on loopback, read by the client of ``ziphius bench serve``, which takes cores too. Texts
-must be equal. Prints a table, and the figures as JSON in the last line.
+With as many threads as cores the engine shares them with the server and the client; with one fewer
+it has its own. Both answer the same prompts with the same options, in turn; over HTTP every answer
+is a stream of its own on loopback, read by the client of ``ziphius bench serve``, which takes cores
+too. Texts must be equal. Prints a table, and the figures as JSON in the last line.
 """
 
 from __future__ import annotations
