@@ -119,7 +119,7 @@ def serve(
 
     On this machine: ziphius serve runs/quickstart
 
-    For others, with a key: ziphius serve DeepSeek-V3 --host 0.0.0.0 --api-key "$KEY"
+    For others, with a key: ZIPHIUS_API_KEY=... ziphius serve DeepSeek-V3 --host 0.0.0.0
 
     As R1 was published: ziphius serve DeepSeek-R1 --profile r1
     """
