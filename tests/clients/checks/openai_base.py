@@ -62,3 +62,11 @@ def ascii_part(text: str, size: int = 2) -> str | None:
 def chat(client: OpenAI, **more: Any) -> Any:
     """Answer the one conversation, by whatever model is there."""
     return client.chat.completions.create(**{"model": None, "messages": HELLO, **more})
+
+
+def gathered(chunks: list[Any], index: int = 0) -> tuple[str, str, list[str]]:
+    """Return role, content and finish reasons of one answer of a stream."""
+    mine = [c for chunk in chunks for c in chunk.choices if c.index == index]
+    role = "".join(c.delta.role or "" for c in mine)
+    content = "".join(c.delta.content or "" for c in mine)
+    return role, content, [c.finish_reason for c in mine if c.finish_reason is not None]

@@ -14,6 +14,7 @@ from tests.clients.checks.openai_base import (
     chat,
     client_of,
     collector,
+    gathered,
     raises,
     strict_client,
 )
@@ -68,14 +69,6 @@ def a_seed_repeats_an_answer(case: Case) -> None:
     assert first.choices[0].message.content != other.choices[0].message.content
     assert first.system_fingerprint == again.system_fingerprint
     assert chat(client, **{**SEEDED, "seed": -1}).choices, "any integer is a seed"
-
-
-def gathered(chunks: list[Any], index: int = 0) -> tuple[str, str, list[str]]:
-    """Return role, content and finish reasons of one answer of a stream."""
-    mine = [c for chunk in chunks for c in chunk.choices if c.index == index]
-    role = "".join(c.delta.role or "" for c in mine)
-    content = "".join(c.delta.content or "" for c in mine)
-    return role, content, [c.finish_reason for c in mine if c.finish_reason is not None]
 
 
 @check

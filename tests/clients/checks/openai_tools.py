@@ -16,6 +16,7 @@ from tests.clients.checks.openai_base import (
     chat,
     client_of,
     collector,
+    gathered,
     raises,
 )
 
