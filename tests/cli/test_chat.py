@@ -317,8 +317,8 @@ class Terminal:
     def interrupt(self) -> bytes:
         """Press Ctrl-C at a prompt; return what came up to the next prompt.
 
-        Between a prompt's appearance and its listening Python hears a signal with the next key only:
-        as a person would, press again.
+        Between a prompt's appearance and its listening Python hears a signal with the next key
+        only: as a person would, press again.
         """
         for _ in range(5):
             self.type(b"\x03")
