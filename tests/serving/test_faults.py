@@ -53,7 +53,7 @@ def body_of(random: random.Random) -> tuple[str, dict[str, Any]]:
     if random.random() < 0.2:
         talk = {"input": "a whale", "stream": more["stream"]}
         return "/v1/responses", {**talk, "max_output_tokens": max(more["max_tokens"], 16)}
-    if random.random() < 0.3:
+    if random.random() < 0.3 and not more["stream"]:
         more["prompt_logprobs"] = 2
     if random.random() < 0.3:
         return CHAT, {"messages": [{"role": "user", "content": "a whale"}], **more}
