@@ -60,12 +60,10 @@ def test_stopping_ends_the_request_and_keeps_what_came(visitor: Visitor, by: str
     assert kept.startswith("Paragraph 1")
     visitor.page.wait_for_timeout(250)
     assert visitor.text() == kept
-    if visitor.site.mock:
-        assert visitor.site.mock.aborted == 1
+    assert visitor.site.script().aborted == 1
 
 
 def test_a_stopped_answer_can_be_continued(visitor: Visitor) -> None:
-    visitor.site.script()
     visitor.say("slow please", wait=False)
     expect(visitor.answer().locator(".body")).to_contain_text("Paragraph 1")
     visitor.page.keyboard.press("Escape")
@@ -135,7 +133,7 @@ def test_answering_again_keeps_both_answers(visitor: Visitor) -> None:
     before = visitor.text()
     visitor.answer().get_by_label("Answer again").click()
     visitor.finished()
-    assert visitor.text() != before or visitor.site.mock is None
+    assert visitor.text() != before
     visitor.answer().get_by_label("Earlier version").click()
     assert visitor.text() == before
 
@@ -144,7 +142,6 @@ def test_answering_again_keeps_both_answers(visitor: Visitor) -> None:
 
 
 def test_an_error_in_the_stream_is_shown_and_can_be_tried_again(visitor: Visitor) -> None:
-    visitor.site.script()
     visitor.say("break")
     expect(visitor.page.get_by_role("alert").last).to_contain_text("A logit was not finite.")
     visitor.answer().get_by_role("button", name="Try again").click()
@@ -153,7 +150,6 @@ def test_an_error_in_the_stream_is_shown_and_can_be_tried_again(visitor: Visitor
 
 
 def test_a_busy_server_is_asked_again_when_it_said(visitor: Visitor) -> None:
-    visitor.site.script()
     visitor.say("busy")
     retry = visitor.answer().get_by_role("button", name=re.compile("Try again in [12] s"))
     expect(retry).to_have_attribute("aria-disabled", "true")
@@ -168,7 +164,6 @@ def test_a_busy_server_is_asked_again_when_it_said(visitor: Visitor) -> None:
 
 @pytest.mark.parametrize(("ask", "words"), [("cut", "ended before"), ("refuse", "4096 fit")])
 def test_other_faults_say_what_happened(visitor: Visitor, ask: str, words: str) -> None:
-    visitor.site.script()
     visitor.say(ask)
     expect(visitor.answer().get_by_role("alert")).to_contain_text(words)
 
@@ -213,7 +208,6 @@ def test_storage_that_fails_stops_nothing(browser: Any, site: Site, storage: str
 
 
 def test_nothing_in_an_answer_runs_loads_or_leads_astray(visitor: Visitor) -> None:
-    visitor.site.script()
     visitor.say("attack")
     visitor.say("attack <img src=x onerror=window.hacked=20><script>window.hacked=21</script>")
     page = visitor.page
@@ -276,7 +270,6 @@ def test_the_keyboard_walks_from_token_to_token(visitor: Visitor) -> None:
 
 
 def test_thinking_is_folded_with_its_duration(visitor: Visitor) -> None:
-    visitor.site.script()
     visitor.page.get_by_role("button", name="Think first").click()
     visitor.say("Hello")
     assert visitor.bodies[-1]["chat_template_kwargs"] == {"thinking": True}
@@ -289,7 +282,6 @@ def test_thinking_is_folded_with_its_duration(visitor: Visitor) -> None:
 
 
 def test_calls_of_functions_are_shown_and_can_be_answered(visitor: Visitor) -> None:
-    visitor.site.script()
     visitor.say("tool")
     call = visitor.answer().locator(".call")
     expect(call.locator("code").first).to_have_text("depth")

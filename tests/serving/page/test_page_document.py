@@ -73,7 +73,6 @@ def test_again_writes_another_and_undo_takes_it_back(reader: Visitor) -> None:
 
 
 def test_another_token_can_be_chosen(reader: Visitor) -> None:
-    reader.site.script()
     begin(reader)
     page = reader.page
     page.locator("#probabilities").click()
@@ -94,7 +93,6 @@ def test_another_token_can_be_chosen(reader: Visitor) -> None:
 
 
 def test_the_keyboard_chooses_another_token_at_the_caret(reader: Visitor) -> None:
-    reader.site.script()
     begin(reader)
     page = reader.page
     page.locator("#probabilities").click()
@@ -129,7 +127,6 @@ def test_what_a_person_changes_is_no_token_any_more(reader: Visitor) -> None:
 
 
 def test_a_document_survives_a_reload_in_the_middle(reader: Visitor) -> None:
-    reader.site.script()
     reader.page.get_by_label("Document").fill("# slow\n")
     reader.page.keyboard.press("Control+Enter")
     expect(reader.page.locator(".mirror .token").nth(4)).to_be_attached()

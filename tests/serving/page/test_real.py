@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from tests.serving.asking import post
 from tests.serving.page.browser import Site, Visitor, visit
 from tests.serving.scripted import ScriptedEngine
 from tests.serving.support import TestServer
@@ -114,10 +116,19 @@ def test_probabilities_are_the_servers(talker: Visitor, scripted: TestServer) ->
     talker.answer().locator(".body .token").nth(1).hover()
     card = talker.page.get_by_role("tooltip")
     expect(card).to_be_visible()
-    assert card.locator("li").count() >= 5
-    shares = [float(share) for share in re.findall(r"([\d.]+) %", card.inner_text())]
-    assert shares
-    assert all(0 <= share <= 100 for share in shares)
+    listed = " ".join(card.locator("li").all_inner_texts())
+    shown = [float(one) for one in re.findall(r"([\d.]+) %", listed)]
+    asked = {**talker.bodies[-1], "stream": False}
+    del asked["stream_options"]
+    (choice,) = post(scripted, "/v1/chat/completions", **asked)["choices"]
+    entry = choice["logprobs"]["content"][1]
+    expected = [one["logprob"] for one in entry["top_logprobs"]]
+    if entry["logprob"] not in expected:  # what was chosen is listed too
+        expected.append(entry["logprob"])
+    assert len(shown) == len(expected) >= 5
+    for share, logprob in zip(sorted(shown), sorted(expected), strict=True):
+        rounded = 0.051 if share < 10 else 0.51
+        assert share == pytest.approx(100 * math.exp(logprob), abs=rounded)
 
 
 def test_a_base_model_goes_on_with_a_text(writer: Visitor) -> None:
