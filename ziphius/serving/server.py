@@ -7,6 +7,7 @@ import errno
 import logging
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from functools import partial
@@ -57,8 +58,10 @@ def serve(
     """Serve until a signal comes. ``tls`` are the files of a certificate and its key.
 
     SIGTERM and Ctrl-C let what runs end within the time to drain; a second one does not wait.
-    Raises ZiphiusError where the engine can't be had.
+    Raises ZiphiusError where the engine can't be had, and BadInput for what can't be served.
     """
+    if tls is not None:
+        check_certificate(*tls)
     served = Served.read(options)
     engine = EngineProcess(partial(Subprocess, options.engine), options.limits)
     tracing = Tracing.to(options.otlp_endpoint) if options.otlp_endpoint is not None else None
@@ -68,6 +71,16 @@ def serve(
     if engine.fatal is not None:
         failure = BadInput if engine.exit_code == 2 else ZiphiusError
         raise failure(engine.fatal)
+
+
+def check_certificate(certificate: str, key: str) -> None:
+    """Raise BadInput for files that are no certificate with its key."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except OSError as error:  # an SSLError is one
+        raise BadInput(
+            f"--tls-cert {certificate} with --tls-key {key}: cannot be used: {error}"
+        ) from None
 
 
 def configure(application: Application, tls: tuple[str, str] | None = None) -> uvicorn.Config:
