@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as List
 from contextlib import suppress
-from types import TracebackType
 from typing import Any, TypeVar
 
 from ziphius.config.errors import ZiphiusError
@@ -19,6 +18,7 @@ from ziphius.inference.outputs import Delta, RequestOutput
 from ziphius.inference.params import SamplingParams
 from ziphius.inference.request import Request
 from ziphius.inference.sequence import QueueFull
+from ziphius.inference.stream import DeltaStream
 
 T = TypeVar("T")
 
@@ -216,71 +216,24 @@ class AsyncEngine:
             self._inbox.popleft()()
 
 
-class Stream:
+class Stream(DeltaStream):
     """The answers of one request on an event loop: an asynchronous iterator of deltas.
 
-    ``output`` is everything, once all answers have ended. Leave it by ``close``, or use it as a
-    context manager. One that nobody holds any more ends with the next step.
+    ``output`` is everything, once all answers have ended. One that nobody holds any more ends with
+    the next step.
     """
 
     def __init__(self, engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
         self.request: Request | None = None
         self.output: RequestOutput | None = None
-        self.closed = False
         self._engine, self._loop = engine, loop
-        self._lock = threading.Lock()
-        self._news = asyncio.Event()
-        self._deltas: dict[int, Delta] = {}
-        self._error: Exception | None = None
 
-    async def taken(self) -> None:
-        """Return when the engine has the request. Raises what it is refused with."""
-        while self.request is None:
-            if self._error is not None:
-                raise self._error
-            await self._next_news()
+    def _leave(self) -> None:
+        self._engine._cancel(self)
 
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        while True:
-            with self._lock:
-                if self.closed:
-                    raise StopAsyncIteration
-                for index in sorted(self._deltas):
-                    return self._deltas.pop(index)
-                if self._error is not None:
-                    raise self._error
-                if self.output is not None:
-                    raise StopAsyncIteration
-            await self._next_news()
-
-    async def _next_news(self) -> None:
-        # Only the loop's own thread sets the event, so none is missed after a look without any.
-        self._news.clear()
-        await self._news.wait()
-
-    def close(self) -> None:
-        """End the request, unless it has ended."""
-        if not self.closed:
-            self.closed = True
-            self._news.set()
-            if self.output is None and self._error is None:
-                self._engine._cancel(self)
-
-    async def __aenter__(self) -> Stream:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    # --- for the worker ---------------------------------------------------------------------------
+    def _wake(self) -> None:
+        self._loop.call_soon_threadsafe(self._news.set)
 
     def put(
         self,
@@ -289,19 +242,11 @@ class Stream:
         output: RequestOutput | None = None,
         error: Exception | None = None,
     ) -> bool:
-        """Add what is new and wake the consumer; return False if its loop is gone."""
-        with self._lock:
-            for delta in deltas:
-                if not (delta.token_ids or delta.text or delta.finish_reason):
-                    continue
-                if delta.index in self._deltas:
-                    self._deltas[delta.index].add(delta)
-                else:
-                    self._deltas[delta.index] = delta
-            self._error = error
-            self.output = output
+        """Add what the worker has and wake the consumer; return False if its loop is gone."""
+        self.output = output
+        news = [delta for delta in deltas if delta.token_ids or delta.text or delta.finish_reason]
         try:
-            self._loop.call_soon_threadsafe(self._news.set)
+            self.fill(news, taken=self.request is not None, ended=output is not None, error=error)
         except RuntimeError:
             return False
         return True

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
-from types import TracebackType
 from typing import cast
 
 import msgspec
@@ -24,6 +23,7 @@ from ziphius.config.errors import BadInput, ZiphiusError
 from ziphius.inference.errors import RequestError
 from ziphius.inference.outputs import Delta
 from ziphius.inference.params import SamplingParams
+from ziphius.inference.stream import DeltaStream
 from ziphius.serving.wire import (
     Add,
     Beat,
@@ -70,73 +70,23 @@ class Job:
     score_only: bool = False
 
 
-class Stream:
-    """The answers of one request: an asynchronous iterator of deltas. Leave it by ``close``.
+class Stream(DeltaStream):
+    """The answers of one request. ``end`` is there once all of them have ended.
 
-    ``end`` is there once all answers have ended. Raises what the request is refused with, and
-    EngineGone where the engine ends before the answer does.
+    Raises what the request is refused with, and EngineGone where the engine ends before the answer.
     """
 
     def __init__(self, link: Link, number: int, job: Job) -> None:
+        super().__init__()
         self.number, self.job = number, job
         self.end: End | None = None
         self.began = self.last = time.monotonic()
         self.first: float | None = None  # when the first token came
-        self._link = link
-        self._deltas: dict[int, Delta] = {}
-        self._error: Exception | None = None
-        self._taken = self._closed = False
-        self._news = asyncio.Event()
         self.tokens = self.ended = 0  # tokens of all answers, and answers that have ended
+        self._link = link
 
-    async def taken(self) -> None:
-        """Return when the engine has the request. Raises what it is refused with."""
-        while not self._taken:
-            if self._error is not None:
-                raise self._error
-            await self._next_news()
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        while True:
-            for index in sorted(self._deltas):
-                return self._deltas.pop(index)
-            if self._error is not None:
-                raise self._error
-            if self.end is not None or self._closed:
-                raise StopAsyncIteration
-            await self._next_news()
-
-    async def _next_news(self) -> None:
-        self._news.clear()
-        await self._news.wait()
-
-    def close(self) -> None:
-        """End the request, unless it has ended."""
-        if not self._closed:
-            self._closed = True
-            self._news.set()
-            self._link._leave(self)
-
-    async def __aenter__(self) -> Stream:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    # --- for the link -----------------------------------------------------------------------------
-
-    def take(self) -> None:
-        """Note that the engine has the request."""
-        self._taken = True
-        self._news.set()
+    def _leave(self) -> None:
+        self._link._leave(self)
 
     def put(self, part: Part) -> None:
         """Add what a step has given."""
@@ -148,16 +98,12 @@ class Stream:
             part.index, part.text, part.token_ids, part.offsets, part.logprobs,
             part.finish_reason, part.stop_reason, part.error,
         )  # fmt: skip
-        if part.index in self._deltas:
-            self._deltas[part.index].add(delta)
-        else:
-            self._deltas[part.index] = delta
-        self._news.set()
+        self.fill([delta])
 
     def finish(self, end: End | None = None, error: Exception | None = None) -> None:
         """Note that nothing more will come."""
-        self.end, self._error = end, error
-        self._news.set()
+        self.end = end
+        self.fill(ended=True, error=error)
 
 
 class Link:
@@ -318,7 +264,7 @@ class Link:
                 stream.finish(error=_refusal(report))
         elif isinstance(report, Taken):
             if (stream := self._streams.get(report.id)) is not None:
-                stream.take()
+                stream.fill(taken=True)
         elif isinstance(report, Ready):
             self.model, self.load_seconds = report.model, report.seconds
             self._ready.set()
