@@ -13,7 +13,9 @@ from typing import Any
 
 import httpx
 
-from tests.serving.support import TestServer
+from tests.serving.support import TestServer, make_engine, make_tokenizer, running
+from ziphius.model.transformer import Transformer
+from ziphius.serving.options import Limits
 
 # An answer whose every bit is told: drawn by a seed, with log-probabilities.
 KNOWN = {
@@ -145,3 +147,19 @@ def nothing_left(server: TestServer, tasks: int, seconds: float = 20.0) -> None:
     while (left := tasks_of(server)) > tasks:
         assert time.monotonic() < ends, f"{left} tasks, not {tasks}"
         time.sleep(0.02)
+
+
+@contextmanager
+def well(model: Transformer, limits: Limits) -> Iterator[TestServer]:
+    """A server that, whatever was asked of it, is well at the end: nothing is left in it, it says
+    what it said at first, and its engine was not started again.
+    """
+    tokenizer = make_tokenizer()
+    with running(
+        lambda: make_engine(model, tokenizer), tokenizer=tokenizer, limits=limits
+    ) as started:
+        expected, tasks = known(started), tasks_of(started)
+        yield started
+        nothing_left(started, tasks)
+        assert known(started) == expected
+        assert started.application.engine.restarts == 0

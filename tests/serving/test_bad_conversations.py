@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.serving.clients import known, nothing_left, tasks_of
-from tests.serving.support import NAME, TestServer, make_engine, make_tokenizer, running
+from tests.serving.clients import well
+from tests.serving.support import NAME, TestServer
 from tests.serving.test_bad_requests import ANY, BODIES, JSON, nested
 from ziphius.model.transformer import Transformer
 from ziphius.serving.options import Limits
@@ -30,16 +30,8 @@ GOOD: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def server(whale: Transformer) -> Iterator[TestServer]:
     """A server that is well at the end."""
-    tokenizer = make_tokenizer()
-    limits = Limits(drain_seconds=2.0)
-    with running(
-        lambda: make_engine(whale, tokenizer), tokenizer=tokenizer, limits=limits
-    ) as started:
-        expected, tasks = known(started), tasks_of(started)
+    with well(whale, Limits(drain_seconds=2.0)) as started:
         yield started
-        nothing_left(started, tasks)
-        assert known(started) == expected
-        assert started.application.engine.restarts == 0
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,13 @@ from hypothesis import strategies as st
 from tests.serving.clients import (
     connected,
     error_of,
-    known,
-    nothing_left,
     read_all,
     read_until,
     request,
     status_of,
-    tasks_of,
+    well,
 )
-from tests.serving.support import NAME, TestServer, make_engine, make_tokenizer, running
+from tests.serving.support import NAME, TestServer
 from ziphius.model.transformer import Transformer
 from ziphius.serving.options import Limits
 
@@ -39,15 +37,8 @@ JSON = {"content-type": "application/json"}
 @pytest.fixture(scope="module")
 def server(whale: Transformer) -> Iterator[TestServer]:
     """A server with narrow limits; it is well at the end."""
-    tokenizer = make_tokenizer()
-    with running(
-        lambda: make_engine(whale, tokenizer), tokenizer=tokenizer, limits=LIMITS
-    ) as started:
-        expected, tasks = known(started), tasks_of(started)
+    with well(whale, LIMITS) as started:
         yield started
-        nothing_left(started, tasks)
-        assert known(started) == expected
-        assert started.application.engine.restarts == 0
 
 
 @pytest.fixture(scope="module")

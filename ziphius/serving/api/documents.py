@@ -54,35 +54,25 @@ _MESSAGE: dict[str, Any] = {
 # A message as requests hold it: any object to us, and what it should be to whoever reads.
 Spoken = Annotated[dict[str, Any], WithJsonSchema(_MESSAGE)]
 
-_TOOL: dict[str, Any] = {
-    "type": "object",
-    "required": ["type", "function"],
-    "properties": {
-        "type": {"const": "function"},
-        "function": {
-            "type": "object",
-            "required": ["name"],
-            "properties": {
-                "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
-                "description": {"type": "string"},
-                "parameters": {"type": "object"},
-                "strict": {"type": "boolean"},
-            },
-        },
-    },
-}
-_CHOICE: dict[str, Any] = {
-    "type": "object",
-    "required": ["type", "function"],
-    "properties": {
-        "type": {"const": "function"},
-        "function": {
-            "type": "object",
-            "required": ["name"],
-            "properties": {"name": {"type": "string"}},
-        },
-    },
-}
+
+def _function(**more: Any) -> dict[str, Any]:
+    """Return the shape of what names a function, with ``more`` of its properties."""
+    name = more.pop("name", {"type": "string"})
+    function = {"type": "object", "required": ["name"], "properties": {"name": name, **more}}
+    return {
+        "type": "object",
+        "required": ["type", "function"],
+        "properties": {"type": {"const": "function"}, "function": function},
+    }
+
+
+_TOOL = _function(
+    name={"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
+    description={"type": "string"},
+    parameters={"type": "object"},
+    strict={"type": "boolean"},
+)
+_CHOICE = _function()
 _FORMAT: dict[str, Any] = {
     "anyOf": [
         {
