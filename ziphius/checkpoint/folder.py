@@ -1,8 +1,10 @@
-"""Which folder a path means: a Hugging Face checkpoint, or the newest one of a run."""
+"""Which folder a path means, a checkpoint or the newest one of a run; and its small files."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from ziphius.checkpoint.files import recover_directory
 from ziphius.config.errors import BadInput
@@ -35,3 +37,19 @@ def stage_checkpoints(stage: Path) -> list[Path]:
         if path.name.removeprefix(STEP_PREFIX).isdecimal() and path.name.startswith(STEP_PREFIX)
     ]
     return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Return a JSON file's object; an empty one where there is no file.
+
+    Raises BadInput for a file that can't be read, or holds anything else.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{file}: holds no JSON object: restore the checkpoint's own")
+    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -13,6 +12,7 @@ from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from ziphius.checkpoint.folder import read_json_object
 from ziphius.config.errors import BadInput
 from ziphius.config.table import nearest
 from ziphius.data.tokenizer import CONFIG_FILE
@@ -136,7 +136,7 @@ def read_chat_template(folder: Path, format: str = DEFAULT_FORMAT) -> ChatTempla
 
     One without either has the built-in ``format``. Raises BadInput for files that can't be read.
     """
-    config = _read_config(folder / CONFIG_FILE)
+    config = read_json_object(folder / CONFIG_FILE)
     tokens = {}
     for name, value in config.items():
         text = value.get("content") if isinstance(value, Mapping) else value
@@ -188,18 +188,6 @@ def _part(part: Any, where: str) -> str:
         if isinstance(text, str):
             return text
     raise BadInput(f"{where}: content: only parts of type 'text' can be read")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read: {_line(error)}") from None
-    if not isinstance(config, dict):
-        raise BadInput(f"{path}: holds no JSON object: restore the checkpoint's own")
-    return config
 
 
 def _default(template: Any) -> str | None:

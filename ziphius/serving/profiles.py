@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ziphius.checkpoint.folder import read_json_object
 from ziphius.config.errors import BadInput
 from ziphius.config.table import nearest
 from ziphius.data.tokenizer import ASSISTANT, THINK
@@ -137,14 +137,7 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     BadInput for a file that can't be read, and for values that are no such options.
     """
     file = folder / GENERATION_FILE
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise BadInput(f"{file}: holds no JSON object: restore the checkpoint's own")
+    config = read_json_object(file)
     found = {
         ours: config[theirs]
         for theirs, ours in _GENERATION.items()

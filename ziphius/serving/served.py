@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ziphius.checkpoint.folder import CONFIG_FILE, TOKENIZER_FILE, checkpoint_folder
+from ziphius.checkpoint.folder import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    checkpoint_folder,
+    read_json_object,
+)
 from ziphius.config.errors import BadInput
 from ziphius.data.tokenizer import BOS_ID, FIM_BEGIN, FIM_END, FIM_HOLE, read_tokenizer
 from ziphius.inference.chat import ChatTemplate, Message, read_chat_template
@@ -198,10 +202,7 @@ class Served:
 
 def _first_token(config: Path) -> int:
     """Return the id that a config says every sequence begins with; V3's where it says none."""
-    try:
-        first = json.loads(config.read_text("utf-8")).get("bos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(f"{config}: cannot be read: {error}") from None
+    first = read_json_object(config).get("bos_token_id")
     return first if isinstance(first, int) else BOS_ID
 
 
