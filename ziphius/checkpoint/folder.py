@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ziphius.checkpoint.files import recover_directory
-from ziphius.config.errors import BadInput
+from ziphius.config.errors import BadInput, in_one_line
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -49,7 +49,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+        raise BadInput(f"{file}: cannot be read: {in_one_line(error)}") from None
     if not isinstance(value, dict):
         raise BadInput(f"{file}: holds no JSON object: restore the checkpoint's own")
     return value

@@ -23,7 +23,7 @@ from ziphius.cli.pretrain import pretrain
 from ziphius.cli.quickstart import quickstart
 from ziphius.cli.report import report
 from ziphius.cli.serve import serve
-from ziphius.config.errors import ZiphiusError
+from ziphius.config.errors import ZiphiusError, in_one_line
 
 HELP = (
     "The DeepSeek-V3 system in one package: train it, open its checkpoints, let it answer.\n\n"
@@ -101,8 +101,7 @@ def _told(error: Exception) -> tuple[str, int]:
         return str(error) if stopped else f"error: {error}", error.exit_code
     if hasattr(error, "format_message"):  # the command line's own: unknown options and the like
         return f"error: {error.format_message()} (see --help)", 2
-    said = " ".join(str(error).split()) or "no message"
-    return f"error: {type(error).__name__}: {said} (ziphius --debug shows where)", 1
+    return f"error: {type(error).__name__}: {in_one_line(error)} (ziphius --debug shows where)", 1
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -11,3 +11,8 @@ class BadInput(ZiphiusError):
     """The caller's input cannot be used: nothing was written or lost. Exit code 2."""
 
     exit_code = 2
+
+
+def in_one_line(error: object) -> str:
+    """Return what an error of any kind says, without line breaks."""
+    return " ".join(str(error).split()) or "no message"

@@ -13,7 +13,7 @@ from tokenizers.trainers import BpeTrainer
 
 from ziphius.checkpoint.files import write_atomic
 from ziphius.checkpoint.folder import TOKENIZER_FILE
-from ziphius.config.errors import BadInput
+from ziphius.config.errors import BadInput, in_one_line
 
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
 # The bars are U+FF5C and the low blocks U+2581, not ASCII.
@@ -131,8 +131,9 @@ def read_tokenizer(file: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
     except Exception as error:  # the library raises nothing more precise
-        reason = " ".join(str(error).split())
-        raise BadInput(f"tokenizer {file}: cannot be read as a tokenizer: {reason}") from None
+        raise BadInput(
+            f"tokenizer {file}: cannot be read as a tokenizer: {in_one_line(error)}"
+        ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ziphius.config.errors import in_one_line
 from ziphius.inference.errors import RequestError
 from ziphius.inference.grammar import Matcher
 from ziphius.inference.logits import Row
@@ -69,7 +70,7 @@ class Answer:
         except RequestError as error:
             self.fail(str(error))
         except Exception as error:  # a mistake of ours must not end other people's requests
-            self.fail(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            self.fail(f"{type(error).__name__}: {in_one_line(error)}")
         return new
 
     def _choose(self, row_V: Row, draft: int | None) -> int:

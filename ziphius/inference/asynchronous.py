@@ -12,7 +12,7 @@ from collections.abc import Sequence as List
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from ziphius.config.errors import ZiphiusError
+from ziphius.config.errors import ZiphiusError, in_one_line
 from ziphius.inference.engine import Engine
 from ziphius.inference.outputs import Delta, RequestOutput
 from ziphius.inference.params import SamplingParams
@@ -163,7 +163,7 @@ class AsyncEngine:
                 self.last_progress = self._clock()
             self._stop("the engine was closed")
         except BaseException as error:
-            said = " ".join(str(error).split()) or "no message"
+            said = in_one_line(error)
             self._stop(f"the engine failed: {type(error).__name__}: {said}: restart it")
 
     def _add(

@@ -13,7 +13,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ziphius.checkpoint.folder import read_json_object
-from ziphius.config.errors import BadInput
+from ziphius.config.errors import BadInput, in_one_line
 from ziphius.config.table import nearest
 from ziphius.data.tokenizer import CONFIG_FILE
 from ziphius.inference.formats import FORMATS, Format, Thinking, opens_reasoning
@@ -82,9 +82,9 @@ class ChatTemplate:
         except BadInput:
             raise
         except TemplateError as error:
-            raise BadInput(f"chat template: {_line(error)}") from None
+            raise BadInput(f"chat template: {in_one_line(error)}") from None
         except Exception as error:  # a template may do anything with messages it doesn't expect
-            raise BadInput(f"chat template: {type(error).__name__}: {_line(error)}") from None
+            raise BadInput(f"chat template: {type(error).__name__}: {in_one_line(error)}") from None
 
     @cached_property
     def thinking(self) -> Thinking:
@@ -123,7 +123,7 @@ class ChatTemplate:
         try:
             return _environment().parse(self.source or "")
         except TemplateError as error:
-            raise BadInput(f"chat template: {_line(error)}") from None
+            raise BadInput(f"chat template: {in_one_line(error)}") from None
 
     @cached_property
     def _template(self) -> Template:
@@ -148,7 +148,7 @@ def read_chat_template(folder: Path, format: str = DEFAULT_FORMAT) -> ChatTempla
     try:
         return ChatTemplate(file.read_text("utf-8"), tokens, format=format)
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{file}: cannot be read: {_line(error)}") from None
+        raise BadInput(f"{file}: cannot be read: {in_one_line(error)}") from None
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -217,12 +217,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise BadInput(f"chat template: {_line(message)}")
+    raise BadInput(f"chat template: {in_one_line(message)}")
 
 
 def _now(form: str) -> str:
     return datetime.now().strftime(form)
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split()) or "no message"

@@ -122,8 +122,3 @@ async def _gone(request: Request, error: Exception) -> Response:
     """Answer nobody; the log says why."""
     request.scope["noted"].finish = "client gone"
     return Response(status_code=499)
-
-
-def openapi(application: Application) -> dict[str, Any]:
-    """Return the description of the routes."""
-    return application.fastapi.openapi()

@@ -127,7 +127,6 @@ class Link:
         self._waiting_tokens = 0  # prompts of requests without a first token
         self._gone: str | None = None
         self._unsent: deque[Cancel] = deque()  # for which the line had no room
-        self._ready = asyncio.Event()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Report)
         self._listening = asyncio.create_task(self._listen(), name="engine-link")
@@ -151,10 +150,6 @@ class Link:
     def gone(self) -> str | None:
         """Why nothing is answered any more; None while all is well."""
         return self._gone
-
-    async def ready(self) -> None:
-        """Return when the engine is loaded, or gone."""
-        await self._ready.wait()
 
     def submit(self, job: Job) -> Stream:
         """Return a request's stream. Raises EngineGone and Busy where it can't be taken.
@@ -203,7 +198,6 @@ class Link:
                 self._drop(stream)
                 stream.finish(error=EngineGone(reason))
                 self.on_loss(stream)
-            self._ready.set()
             self._socket.close(linger=0)
 
     # --- the line ---------------------------------------------------------------------------------
@@ -267,7 +261,6 @@ class Link:
                 stream.fill(taken=True)
         elif isinstance(report, Ready):
             self.model, self.load_seconds = report.model, report.seconds
-            self._ready.set()
         else:
             self.failed = report
             self.close("the engine failed")  # clients need not know at what

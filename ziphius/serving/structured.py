@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from ziphius.config.errors import BadInput
+from ziphius.config.errors import BadInput, in_one_line
 from ziphius.config.table import nearest
 from ziphius.data.tokenizer import END_THINK
 from ziphius.inference.grammar import as_lark, bounded_blanks, lark_regex
@@ -163,7 +163,7 @@ def _guide(name: str, value: Any) -> _Text:
             return _Text({"regex": value}, f"text: /{lark_regex(value)}/")
         return _Text({"grammar": value}, f"text: %lark {{\n{as_lark(value)}\n}}")
     except Exception as error:  # the library raises nothing more precise
-        raise BadInput(f"guided {name}: does not compile: {' '.join(str(error).split())}") from None
+        raise BadInput(f"guided {name}: does not compile: {in_one_line(error)}") from None
 
 
 def _json(schema: Any, name: str) -> _Text:

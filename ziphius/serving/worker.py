@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import zmq
 
-from ziphius.config.errors import BadInput, ZiphiusError
+from ziphius.config.errors import BadInput, ZiphiusError, in_one_line
 from ziphius.serving.wire import (
     Add,
     Beat,
@@ -134,7 +134,9 @@ class Worker:
         except BadInput as error:
             self.report(Refused(command.id, "bad_input", str(error)))
         except Exception as error:  # a mistake of ours: one request's, not everybody's
-            self.report(Refused(command.id, "failure", f"{type(error).__name__}: {_line(error)}"))
+            self.report(
+                Refused(command.id, "failure", f"{type(error).__name__}: {in_one_line(error)}")
+            )
         else:
             self._requests[command.id] = self._queued[command.id] = request
             self._ids[request] = command.id
@@ -251,10 +253,10 @@ def serve(address: str, checkpoint: str, how: dict[str, Any], threads: int) -> i
         worker.run()
     except ZiphiusError as error:
         code = error.exit_code
-        socket.send(encoder.encode(Failed(_line(error), code)))
+        socket.send(encoder.encode(Failed(in_one_line(error), code)))
     except Exception as error:
         code = 1
-        socket.send(encoder.encode(Failed(f"{type(error).__name__}: {_line(error)}", code)))
+        socket.send(encoder.encode(Failed(f"{type(error).__name__}: {in_one_line(error)}", code)))
     finally:
         socket.close(linger=2000)
         context.term()
@@ -271,10 +273,6 @@ def end_with_the_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split()) or "no message"
 
 
 def main() -> None:
