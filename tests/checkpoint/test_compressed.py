@@ -21,7 +21,7 @@ from ziphius.checkpoint.convert import convert
 from ziphius.checkpoint.huggingface import Fp8Weight, WeightReader, examine, load, save
 from ziphius.checkpoint.shards import ShardReader
 from ziphius.config.errors import BadInput
-from ziphius.kernels.quantize import QuantizedWeight, dequantize, pack, quantize
+from ziphius.kernels.integers import QuantizedWeight, dequantize, pack, quantize
 from ziphius.model.weights import named_weights
 
 NAME = "model.layers.1.mlp.experts.3.down_proj.weight"

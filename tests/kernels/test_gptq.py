@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ziphius.kernels.gptq import quantize_gptq
-from ziphius.kernels.quantize import dequantize, quantize
+from ziphius.kernels.integers import dequantize, quantize
 
 WIDTH = 96
 

@@ -1,7 +1,7 @@
 """Integer weights of a checkpoint, in the ``pack-quantized`` layout of ``compressed-tensors``.
 
 ``X.weight`` is stored as ``X.weight_packed`` (int32 words along the inputs, see
-``kernels/quantize.py``), ``X.weight_scale`` ``[out, groups]`` and ``X.weight_shape`` (int64
+``kernels/integers.py``), ``X.weight_scale`` ``[out, groups]`` and ``X.weight_shape`` (int64
 ``[out, in]``, because words may hold more than a row has).
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ziphius.config.errors import BadInput
-from ziphius.kernels.quantize import (
+from ziphius.kernels.integers import (
     BITS,
     WHOLE_ROW,
     Codes,

@@ -20,7 +20,7 @@ from ziphius.checkpoint.huggingface import (
 from ziphius.checkpoint.keys import Comparison, layer_of
 from ziphius.checkpoint.shards import ShardReader, write_shards
 from ziphius.config.errors import BadInput
-from ziphius.kernels.quantize import GROUP_SIZE
+from ziphius.kernels.integers import GROUP_SIZE
 
 # A shard is in memory about twice while it is written: smaller ones than a model's own let a laptop
 # convert what it could not load.

@@ -23,7 +23,7 @@ from ziphius.checkpoint.keys import expected_shapes
 from ziphius.config.errors import BadInput
 from ziphius.config.model import ModelConfig
 from ziphius.config.table import nearest
-from ziphius.kernels.quantize import GROUP_SIZE, Codes, quantize, require_possible
+from ziphius.kernels.integers import GROUP_SIZE, Codes, quantize, require_possible
 
 PLAIN = MappingProxyType({"bf16": torch.bfloat16, "fp32": torch.float32})
 INTEGERS = MappingProxyType({"int8": 8, "int4": 4})

@@ -32,7 +32,7 @@ from ziphius.checkpoint.shards import MAX_SHARD_BYTES, ShardReader, write_shards
 from ziphius.config.errors import BadInput
 from ziphius.config.model import ModelConfig
 from ziphius.config.table import nearest
-from ziphius.kernels.quantize import QuantizedWeight
+from ziphius.kernels.integers import QuantizedWeight
 from ziphius.kernels.select import Kernels
 from ziphius.model.precision import DTYPES, Precision
 from ziphius.model.transformer import Transformer

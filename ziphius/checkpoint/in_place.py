@@ -24,7 +24,7 @@ from ziphius.checkpoint.huggingface import (
 )
 from ziphius.checkpoint.shards import ShardReader
 from ziphius.kernels.mixture import Expert, Experts
-from ziphius.kernels.quantize import QuantizedWeight, group_width, groups
+from ziphius.kernels.integers import QuantizedWeight, group_width, groups
 from ziphius.kernels.select import Kernels
 from ziphius.kernels.stored import Codes, Weight
 from ziphius.model.experts import ExpertStore

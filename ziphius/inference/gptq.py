@@ -27,7 +27,7 @@ from ziphius.config.errors import BadInput
 from ziphius.data.tokenizer import read_tokenizer
 from ziphius.inference.inputs import LayerInputs
 from ziphius.kernels.gptq import DAMPING, quantize_gptq
-from ziphius.kernels.quantize import GROUP_SIZE, Codes, dequantize, quantize, require_possible
+from ziphius.kernels.integers import GROUP_SIZE, Codes, dequantize, quantize, require_possible
 from ziphius.model.precision import Precision
 from ziphius.model.transformer import BlockPlace, Transformer
 from ziphius.model.weights import named_weights

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ziphius.kernels.quantize import (
+from ziphius.kernels.integers import (
     WHOLE_ROW,
     Codes,
     choose_scales,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ziphius.kernels.quantize import (
+from ziphius.kernels.integers import (
     QuantizedWeight,
     choose_scales,
     dequantize,

@@ -1,0 +1,77 @@
+"""FP8 products of experts: each segment of rows meets the matrix of its own expert (facts 9.8).
+
+Three forms: *contiguous*, segments one after the other; *masked*, room for the same number of rows
+an expert, of which some count; and *along K*, the gradient of every expert's weight, which sums
+over its segment. Segments need no padding; kernels pad to their own tiles inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ziphius.kernels.gemm import gemm_reference
+from ziphius.kernels.quantize import Fp8, segment_starts, tile_count
+
+
+def grouped_gemm_reference(a: Fp8, b: Fp8, counts_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply ``counts[e]`` consecutive rows of ``a`` ``[M, K]`` by ``b[e]``: ``[M, N]``.
+
+    ``a`` has tiles, ``b`` ``[E, N, K]`` blocks, ``sum(counts) == M``.
+    """
+    out_MN = torch.empty(len(a.codes), b.codes.shape[1], dtype=dtype, device=a.codes.device)
+    start = 0
+    for expert, count in enumerate(counts_E.tolist()):
+        rows = slice(start, start + count)
+        start += count
+        if count:
+            part = Fp8(a.codes[rows], a.scales[rows])
+            out_MN[rows] = gemm_reference(part, _matrix(b, expert), dtype)
+    return out_MN
+
+
+def masked_gemm_reference(a: Fp8, b: Fp8, counts_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply the first ``counts[e]`` rows of ``a[e]`` by ``b[e]``: ``[E, M, N]``.
+
+    ``a`` is ``[E, M, K]`` in tiles, ``b`` ``[E, N, K]`` in blocks. Other rows are left undefined.
+    """
+    experts, rows, _ = a.codes.shape
+    out_EMN = torch.empty(experts, rows, b.codes.shape[1], dtype=dtype, device=a.codes.device)
+    for expert, count in enumerate(counts_E.tolist()):
+        if count:
+            part = Fp8(a.codes[expert, :count], a.scales[expert, :count])
+            out_EMN[expert, :count] = gemm_reference(part, _matrix(b, expert), dtype)
+    return out_EMN
+
+
+def grouped_gemm_along_k_reference(a: Fp8, b: Fp8, counts_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over every segment of turned matrices: ``[E, N, K]`` of ``a`` ``[N, S]``, ``b`` ``[K, S]``.
+
+    Segments lie as ``quantize.turn`` leaves them. An expert without rows gets zeros.
+    """
+    shape = (len(counts_E), len(a.codes), len(b.codes))
+    out_ENK = torch.zeros(shape, dtype=dtype, device=a.codes.device)
+    starts = segment_starts(counts_E).tolist()
+    for expert, (start, count) in enumerate(zip(starts, counts_E.tolist(), strict=True)):
+        if count:
+            parts = (_columns(q, start, count) for q in (a, b))
+            out_ENK[expert] = gemm_reference(*parts, dtype)
+    return out_ENK
+
+
+def _matrix(q: Fp8, expert: int) -> Fp8:
+    return Fp8(q.codes[expert], q.scales[expert], q.rows)
+
+
+def _columns(q: Fp8, start: int, count: int) -> Fp8:
+    first = tile_count(start)
+    groups = slice(first, first + tile_count(count))
+    return Fp8(q.codes[:, start : start + count], q.scales[:, groups])
+
+
+Grouped = Callable[[Fp8, Fp8, Tensor, torch.dtype], Tensor]
+VERSIONS: dict[str, Grouped] = {"reference": grouped_gemm_reference}
+MASKED_VERSIONS: dict[str, Grouped] = {"reference": masked_gemm_reference}
+ALONG_K_VERSIONS: dict[str, Grouped] = {"reference": grouped_gemm_along_k_reference}
