@@ -9,7 +9,7 @@ TORCH := torch>=2.11,<2.14
 # Where PyTorch keeps the builds without CUDA; pip goes on without it where it cannot be reached.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: run setup test test-chaos test-clients test-setup lint mutations bench clean
+.PHONY: run setup test test-gpu test-chaos test-clients test-setup lint mutations bench clean
 
 run: setup
 	$(BIN)/ziphius quickstart
@@ -51,6 +51,11 @@ test: test-setup
 # Faults of the server by the thousand: what 'make test' does in short.
 test-chaos: test-setup
 	$(BIN)/python -m pytest --chaos --timeout 1800 -s tests/serving
+
+# On a machine with a GPU, by the python that is there: the tests of the kernels for GPUs, exact bits
+# included. PYTHON names another.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu tests/kernels/triton tests/gpu
 
 # Clients that are not ours against the server, each in an environment of its own: 3 GB of packages
 # below .cache/clients the first time. ONLY=openai runs one.
