@@ -147,3 +147,33 @@ def regroup(q: Fp8, counts_E: Tensor | None = None, *, power_of_two: bool = Fals
     larger scale.
     """
     return turn(dequantize(q), counts_E, power_of_two=power_of_two)
+
+
+class TorchQuantize:
+    """The functions of this file as one version."""
+
+    def tiles(self, x: Tensor, *, power_of_two: bool = False) -> Fp8:
+        return quantize_tiles(x, power_of_two=power_of_two)
+
+    def turn(
+        self, x_MC: Tensor, counts_E: Tensor | None = None, *, power_of_two: bool = False
+    ) -> Fp8:
+        return turn(x_MC, counts_E, power_of_two=power_of_two)
+
+    def regroup(
+        self, q: Fp8, counts_E: Tensor | None = None, *, power_of_two: bool = False
+    ) -> Fp8:
+        return regroup(q, counts_E, power_of_two=power_of_two)
+
+    def both(
+        self, x_MC: Tensor, counts_E: Tensor | None = None, *, power_of_two: bool = False
+    ) -> tuple[Fp8, Fp8]:
+        how = {"power_of_two": power_of_two}
+        return quantize_tiles(x_MC, **how), turn(x_MC, counts_E, **how)
+
+    def blocks(self, weight: Tensor, *, power_of_two: bool = False) -> tuple[Fp8, Fp8]:
+        blocks = quantize_blocks(weight, power_of_two=power_of_two)
+        return blocks, transpose_blocks(blocks)
+
+
+VERSIONS = {"torch": TorchQuantize}
