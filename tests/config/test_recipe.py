@@ -68,12 +68,12 @@ def refusal(source: str, *overrides: str) -> str:
 
 
 def test_presets() -> None:
-    assert preset_names() == ["16b", "671b", "tiny"]
+    assert preset_names() == ["16b", "671b", "mini", "tiny"]
     for name in preset_names():
         assert isinstance(load_recipe(name), Recipe)
 
 
-@pytest.mark.parametrize("name", ["16b", "671b", "tiny"])
+@pytest.mark.parametrize("name", ["16b", "671b", "mini", "tiny"])
 def test_dump_and_load_round_trip(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     assert load_recipe(written(tmp_path, dump_recipe(recipe))) == recipe
@@ -100,6 +100,24 @@ def test_the_published_recipe_is_that_of_the_report() -> None:
     assert (p.batch_size, p.sequence_length) == (15360, 4096)
 
 
+def test_mini_is_v3_in_small() -> None:
+    """Every published part, the published heads, and no FP8 tile that V3 would not cut."""
+    small, large = load_recipe("mini").model, load_recipe("671b").model
+    same = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    same += ("num_experts_per_tok", "n_shared_experts", "n_group", "topk_group")
+    same += ("num_nextn_predict_layers", "routed_scaling_factor", "rope_theta")
+    for name in same:
+        assert getattr(small, name) == getattr(large, name), name
+    for name, width in large:
+        if width != large.num_attention_heads and isinstance(width, int) and width % 128 == 0:
+            assert getattr(small, name) % 128 == 0, name
+    for c in (small, large):
+        assert c.intermediate_size == 9 * c.moe_intermediate_size
+        assert (c.num_attention_heads * c.v_head_dim) % 128 == 0
+    assert load_recipe("mini").precision.compute == "bfloat16"
+    assert load_recipe("mini", ["precision.compute=fp8"]).precision.compute == "fp8"
+
+
 def test_the_default_balance_loss_is_the_published_one_and_on() -> None:
     """1e-4, neither config.json's 0.001 nor zero (facts 13.16)."""
     assert PretrainConfig.model_fields["balance_loss_weight"].default == 1e-4
@@ -114,7 +132,7 @@ def test_tables_are_frozen() -> None:
 def test_a_source_that_is_nothing(tmp_path: Path) -> None:
     assert "did you mean 'tiny'" in refusal("tinny")
     assert "neither a file nor a preset" in refusal(str(tmp_path))
-    assert "known: 16b, 671b, tiny" in refusal("zzzzzz")
+    assert "known: 16b, 671b, mini, tiny" in refusal("zzzzzz")
 
 
 def test_bad_toml_names_the_place(tmp_path: Path) -> None:

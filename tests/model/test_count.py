@@ -80,6 +80,23 @@ def test_16b() -> None:
     assert c.checkpoint == c.total
 
 
+def test_mini() -> None:
+    """Worked as facts 1.10 works the published model: D 1024, 16 heads, 128 experts of 256."""
+    c = counted("mini")
+    mla = 1024 * 512 + 512 + 512 * 3072 + 1024 * 576 + 512 + 512 * 4096 + 2048 * 1024
+    expert = 3 * 1024 * 256
+    router, norms = 128 * 1024 + 128, 2 * 1024
+    dense = mla + 3 * 1024 * 2304 + norms
+    mixture = mla + 129 * expert + router + norms
+    chosen = mla + 9 * expert + router + norms
+    ends = 2 * 32768 * 1024 + 1024
+    assert c.total == ends + dense + 9 * mixture == 1_057_259_648
+    assert c.active == ends + dense + 9 * chosen == 207_913_088
+    assert c.mtp_unique == mixture + 1024 * 2048 + 3 * 1024 == 110_565_504
+    assert c.mtp_active == chosen + 1024 * 2048 + 3 * 1024
+    assert c.routing_biases == 10 * 128
+
+
 def test_236b() -> None:
     c = counted("236b")
     assert c.total - c.routing_biases == 235_741_434_880

@@ -28,8 +28,8 @@ from ziphius.config.errors import ZiphiusError, in_one_line
 HELP = (
     "The DeepSeek-V3 system in one package: train it, open its checkpoints, let it answer.\n\n"
     "Begin with 'ziphius quickstart': it trains a small V3 on this machine in minutes.\n\n"
-    "A RECIPE is a preset (tiny, 16b, 671b) or the path of a TOML file; --set table.key=value "
-    "changes any setting. A CHECKPOINT is a Hugging Face folder or a run folder."
+    "A RECIPE is a preset (tiny, mini, 16b, 671b) or the path of a TOML file; --set "
+    "table.key=value changes any setting. A CHECKPOINT is a Hugging Face folder or a run folder."
 )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 Recipe = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A preset (tiny, 16b, 671b) or a TOML file.")
+    str, typer.Argument(metavar="RECIPE", help="A preset (tiny, mini, 16b, 671b) or a TOML file.")
 ]
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder or a run folder.")
