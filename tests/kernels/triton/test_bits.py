@@ -85,6 +85,7 @@ def test_scales_are_the_references(device: torch.device, power_of_two: bool) -> 
     torch.testing.assert_close(out.cpu()[: len(amax)], expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_quotients_are_rounded_as_divisions(device: torch.device, power_of_two: bool) -> None:
     """Beside every tie, where the last bit of the quotient decides; and of an infinite scale."""
