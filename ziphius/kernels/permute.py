@@ -128,11 +128,4 @@ VERSIONS: dict[str, Move] = {"torch": permute}
 COMPILED = permute_compiled
 BACK_VERSIONS: dict[str, Move] = {"torch": unpermute}
 BACK_COMPILED = unpermute_compiled
-
-
-def permute_tiles(q, order_M, K):
-    """x"""
-    from ziphius.kernels.quantize import Fp8
-    rows = order_M.div(K, rounding_mode="floor")
-    return Fp8(q.codes.view(torch.uint8).index_select(0, rows).view(q.codes.dtype), q.scales.index_select(0, rows))
-TILES_VERSIONS = {"torch": permute_tiles}
+TILES_VERSIONS: dict[str, Callable[[Fp8, Tensor, int], Fp8]] = {"torch": permute_tiles}
