@@ -47,7 +47,7 @@ def masked_gemm_reference(a: Fp8, b: Fp8, counts_E: Tensor, dtype: torch.dtype) 
 
 
 def grouped_gemm_along_k_reference(a: Fp8, b: Fp8, counts_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over every segment of turned matrices: ``[E, N, K]`` of ``a`` ``[N, S]``, ``b`` ``[K, S]``.
+    """Sum over every segment of turned matrices ``a`` ``[N, S]``, ``b`` ``[K, S]``: ``[E, N, K]``.
 
     Segments lie as ``quantize.turn`` leaves them. An expert without rows gets zeros.
     """
