@@ -20,14 +20,26 @@ from ziphius.kernels.triton.bits import encode, interpreted, magnitude, scale_of
 
 @dataclass(frozen=True)
 class Launch:
-    """How much a program takes: groups of 128 numbers, or channels of a turned square."""
+    """How much a program takes, of which operation.
+
+    ``groups`` of 128 numbers of tiles; 128 rows of ``channels`` of a turned matrix; for both at
+    once a square of 128, ``lines`` rows and then ``channels`` at a time.
+    """
 
     groups: int = 32
     channels: int = 64
+    lines: int = 64
     warps: int = 4
+    square_warps: int = 8
+    block_warps: int = 16
 
 
-CANDIDATES = (Launch(), Launch(groups=16), Launch(64, 128, 8), Launch(64, 64, 8), Launch(16, 32, 4))
+CANDIDATES = (
+    Launch(),
+    Launch(groups=16, channels=32, lines=32),
+    Launch(groups=64, channels=128, lines=128, warps=8),
+    Launch(groups=64, channels=64, lines=128, warps=8, square_warps=16, block_warps=8),
+)
 
 
 class TritonQuantize:
@@ -97,7 +109,7 @@ class TritonQuantize:
     ) -> tuple[Fp8, Fp8]:
         """Return ``x`` in tiles, and turned, of one reading."""
         x_MC = rows_of(x_MC)
-        rows, columns = x_MC.shape
+        (rows, columns), size = x_MC.shape, self.launch
         tiles = empty_tiles(x_MC.shape, x_MC.device)
         turned = empty_turned(rows, columns, counts_E, x_MC.device)
         if turned.scales.numel():
@@ -113,10 +125,12 @@ class TritonQuantize:
                 columns,
                 turned.codes.shape[1],
                 0 if counts_E is None else len(counts_E),
+                LINES=size.lines,
+                CHANNELS=size.channels,
                 EXPERTS=block_of_experts(counts_E),
                 POWER_OF_TWO=power_of_two,
                 INTERPRETED=interpreted(),
-                num_warps=8,
+                num_warps=size.square_warps,
             )
         return tiles, turned
 
@@ -138,7 +152,7 @@ class TritonQuantize:
                 columns,
                 POWER_OF_TWO=power_of_two,
                 INTERPRETED=interpreted(),
-                num_warps=8,
+                num_warps=self.launch.block_warps,
             )
         return q, t
 
@@ -202,6 +216,21 @@ def locate(
 def largest(x: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
     """Return the largest ``magnitude`` along an axis."""
     return tl.max(magnitude(x), AXIS)
+
+
+@triton.jit
+def load_square(
+    x: tl.tensor,
+    row: tl.tensor,
+    valid: tl.tensor,
+    stride: tl.tensor,
+    channel: tl.tensor,
+    columns: tl.tensor,
+) -> tl.tensor:
+    """Read rows, int64 ``[R]``, of columns ``[C]`` in FP32; zeros where there are none."""
+    mask = valid[:, None] & (channel < columns)[None, :]
+    at = x + (row * stride)[:, None] + channel[None, :]
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -290,9 +319,7 @@ def _turn_kernel(
     line = tl.arange(0, 128)
     row, valid = (first + line).to(tl.int64), line < filled
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    at = x + (row * stride)[:, None] + channel[None, :]
-    mask = valid[:, None] & (channel < columns)[None, :]
-    number = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    number = load_square(x, row, valid, stride, channel, columns)
     if x_scales is not None:
         own = row * tl.cdiv(columns, 128) + tl.program_id(0) * CHANNELS // 128
         number *= tl.load(x_scales + own, mask=valid, other=0.0)[:, None]
@@ -313,31 +340,38 @@ def _both_kernel(
     columns: tl.tensor,
     width: tl.tensor,
     experts: tl.tensor,
+    LINES: tl.constexpr,
+    CHANNELS: tl.constexpr,
     EXPERTS: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
     tile, group = tl.program_id(1), tl.program_id(0)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
-    line = tl.arange(0, 128)
-    row, valid = (first + line).to(tl.int64), line < filled
-    channel = group * 128 + line
-    at = x + (row * stride)[:, None] + channel[None, :]
-    mask = valid[:, None] & (channel < columns)[None, :]
-    number = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    own = group + tl.zeros_like(line)
-    store_groups(number, codes, scales, row, own, columns, valid, POWER_OF_TWO, INTERPRETED)
-    store_turned(
-        number,
-        turned_codes,
-        turned_scales,
-        channel.to(tl.int64),
-        tile,
-        columns,
-        width,
-        POWER_OF_TWO,
-        INTERPRETED,
-    )
+    for part in tl.static_range(128 // LINES):
+        line = part * LINES + tl.arange(0, LINES)
+        row, valid = (first + line).to(tl.int64), line < filled
+        own = group + tl.zeros_like(line)
+        channel = group * 128 + tl.arange(0, 128)
+        number = load_square(x, row, valid, stride, channel, columns)
+        store_groups(number, codes, scales, row, own, columns, valid, POWER_OF_TWO, INTERPRETED)
+    # Read again, from a cache: registers that held the square all along would be too many.
+    for part in tl.static_range(128 // CHANNELS):
+        line = tl.arange(0, 128)
+        channel = group * 128 + part * CHANNELS + tl.arange(0, CHANNELS)
+        row = (first + line).to(tl.int64)
+        number = load_square(x, row, line < filled, stride, channel, columns)
+        store_turned(
+            number,
+            turned_codes,
+            turned_scales,
+            channel.to(tl.int64),
+            tile,
+            columns,
+            width,
+            POWER_OF_TWO,
+            INTERPRETED,
+        )
 
 
 @triton.jit
