@@ -164,6 +164,8 @@ def test_every_candidate_of_a_launch(launch: Launch) -> None:
     assert_same(candidate.tiles(x), reference.tiles(on_cpu(x)))
     expected = reference.turn(on_cpu(x), on_cpu(counts_E))
     assert_same(candidate.turn(x, counts_E), expected)
+    assert_same(candidate.both(x, counts_E)[1], expected)
+    assert_same(candidate.blocks(x)[0], reference.blocks(on_cpu(x))[0])
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter is too slow for layers of real sizes")

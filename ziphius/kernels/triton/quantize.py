@@ -20,14 +20,26 @@ from ziphius.kernels.triton.bits import encode, interpreted, magnitude, scale_of
 
 @dataclass(frozen=True)
 class Launch:
-    """How much a program takes: groups of 128 numbers, or channels of a turned square."""
+    """How much a program takes, of which operation.
+
+    ``groups`` of 128 numbers of tiles; 128 rows of ``channels`` of a turned matrix; for both at
+    once a square of 128, ``lines`` rows and then ``channels`` at a time.
+    """
 
     groups: int = 32
     channels: int = 64
+    lines: int = 64
     warps: int = 4
+    square_warps: int = 8
+    block_warps: int = 16
 
 
-CANDIDATES = (Launch(), Launch(groups=16), Launch(64, 128, 8), Launch(64, 64, 8), Launch(16, 32, 4))
+CANDIDATES = (
+    Launch(),
+    Launch(groups=16, channels=32, lines=32),
+    Launch(groups=64, channels=128, lines=128, warps=8),
+    Launch(groups=64, channels=64, lines=128, warps=8, square_warps=16, block_warps=8),
+)
 
 
 class TritonQuantize:
@@ -97,7 +109,7 @@ class TritonQuantize:
     ) -> tuple[Fp8, Fp8]:
         """Return ``x`` in tiles, and turned, of one reading."""
         x_MC = rows_of(x_MC)
-        rows, columns = x_MC.shape
+        (rows, columns), size = x_MC.shape, self.launch
         tiles = empty_tiles(x_MC.shape, x_MC.device)
         turned = empty_turned(rows, columns, counts_E, x_MC.device)
         if turned.scales.numel():
@@ -113,10 +125,12 @@ class TritonQuantize:
                 columns,
                 turned.codes.shape[1],
                 0 if counts_E is None else len(counts_E),
+                LINES=size.lines,
+                CHANNELS=size.channels,
                 EXPERTS=block_of_experts(counts_E),
                 POWER_OF_TWO=power_of_two,
                 INTERPRETED=interpreted(),
-                num_warps=8,
+                num_warps=size.square_warps,
             )
         return tiles, turned
 
@@ -138,7 +152,7 @@ class TritonQuantize:
                 columns,
                 POWER_OF_TWO=power_of_two,
                 INTERPRETED=interpreted(),
-                num_warps=8,
+                num_warps=self.launch.block_warps,
             )
         return q, t
 
@@ -200,8 +214,23 @@ def locate(
 
 @triton.jit
 def largest(x: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
-    """Return the largest ``magnitude`` along an axis, which stays as one."""
-    return tl.max(magnitude(x), AXIS, keep_dims=True)
+    """Return the largest ``magnitude`` along an axis."""
+    return tl.max(magnitude(x), AXIS)
+
+
+@triton.jit
+def load_square(
+    x: tl.tensor,
+    row: tl.tensor,
+    valid: tl.tensor,
+    stride: tl.tensor,
+    channel: tl.tensor,
+    columns: tl.tensor,
+) -> tl.tensor:
+    """Read rows, int64 ``[R]``, of columns ``[C]`` in FP32; zeros where there are none."""
+    mask = valid[:, None] & (channel < columns)[None, :]
+    at = x + (row * stride)[:, None] + channel[None, :]
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -216,12 +245,12 @@ def store_groups(
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """Quantise groups, ``[G, 128]``, and store them at their rows and tiles, each [G, 1]."""
+    """Quantise groups, ``[G, 128]``, and store them at their rows and tiles, each ``[G]``."""
     scale = scale_of_magnitude(largest(x, 1), POWER_OF_TWO)
-    column = tile * 128 + tl.arange(0, 128)[None, :]
-    mask = valid & (column < columns)
-    code = encode(x, scale, POWER_OF_TWO, INTERPRETED)
-    tl.store(codes + row * columns + column, code, mask=mask)
+    column = (tile * 128)[:, None] + tl.arange(0, 128)[None, :]
+    code = encode(x, scale[:, None], POWER_OF_TWO, INTERPRETED)
+    at = codes + (row * columns)[:, None] + column
+    tl.store(at, code, mask=valid[:, None] & (column < columns))
     tl.store(scales + row * tl.cdiv(columns, 128) + tile, scale, mask=valid)
 
 
@@ -237,13 +266,13 @@ def store_turned(
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """Quantise the columns of ``[128, channels]`` and store them as rows; ``channel`` is [1, C]."""
+    """Quantise the columns of ``[128, C]`` and store them as rows ``channel``, int64 ``[C]``."""
     scale = scale_of_magnitude(largest(x, 0), POWER_OF_TWO)
-    code = tl.trans(encode(x, scale, POWER_OF_TWO, INTERPRETED))
-    at = tl.trans(channel).to(tl.int64)
-    place = tile.to(tl.int64) * 128 + tl.arange(0, 128)[None, :]
-    tl.store(codes + at * width + place, code, mask=at < columns)
-    tl.store(scales + channel.to(tl.int64) * (width // 128) + tile, scale, mask=channel < columns)
+    code = tl.trans(encode(x, scale[None, :], POWER_OF_TWO, INTERPRETED))
+    place = tile.to(tl.int64) * 128 + tl.arange(0, 128)
+    at = codes + (channel * width)[:, None] + place[None, :]
+    tl.store(at, code, mask=(channel < columns)[:, None])
+    tl.store(scales + channel * (width // 128) + tile, scale, mask=channel < columns)
 
 
 @triton.jit
@@ -258,13 +287,13 @@ def _tiles_kernel(
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    group = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS))[:, None]
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     tiles = tl.cdiv(columns, 128)
     row, tile = (group // tiles).to(tl.int64), group % tiles
-    column = tile * 128 + tl.arange(0, 128)[None, :]
-    mask = (group < groups) & (column < columns)
-    number = tl.load(x + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     valid = group < groups
+    column = (tile * 128)[:, None] + tl.arange(0, 128)[None, :]
+    at = x + (row * stride)[:, None] + column
+    number = tl.load(at, mask=valid[:, None] & (column < columns), other=0.0).to(tl.float32)
     store_groups(number, codes, scales, row, tile, columns, valid, POWER_OF_TWO, INTERPRETED)
 
 
@@ -287,15 +316,15 @@ def _turn_kernel(
 ) -> None:
     tile = tl.program_id(1)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
-    line = tl.arange(0, 128)[:, None]
-    row = (first + line).to(tl.int64)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    mask = (line < filled) & (channel < columns)
-    number = tl.load(x + row * stride + channel, mask=mask, other=0.0).to(tl.float32)
+    line = tl.arange(0, 128)
+    row, valid = (first + line).to(tl.int64), line < filled
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    number = load_square(x, row, valid, stride, channel, columns)
     if x_scales is not None:
         own = row * tl.cdiv(columns, 128) + tl.program_id(0) * CHANNELS // 128
-        number *= tl.load(x_scales + own, mask=line < filled, other=0.0)
-    store_turned(number, codes, scales, channel, tile, columns, width, POWER_OF_TWO, INTERPRETED)
+        number *= tl.load(x_scales + own, mask=valid, other=0.0)[:, None]
+    place = channel.to(tl.int64)
+    store_turned(number, codes, scales, place, tile, columns, width, POWER_OF_TWO, INTERPRETED)
 
 
 @triton.jit
@@ -311,32 +340,38 @@ def _both_kernel(
     columns: tl.tensor,
     width: tl.tensor,
     experts: tl.tensor,
+    LINES: tl.constexpr,
+    CHANNELS: tl.constexpr,
     EXPERTS: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    tile = tl.program_id(1)
+    tile, group = tl.program_id(1), tl.program_id(0)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
-    line = tl.arange(0, 128)[:, None]
-    row = (first + line).to(tl.int64)
-    group = tl.program_id(0)
-    channel = group * 128 + tl.arange(0, 128)[None, :]
-    mask = (line < filled) & (channel < columns)
-    number = tl.load(x + row * stride + channel, mask=mask, other=0.0).to(tl.float32)
-    store_groups(
-        number, codes, scales, row, group, columns, line < filled, POWER_OF_TWO, INTERPRETED
-    )
-    store_turned(
-        number,
-        turned_codes,
-        turned_scales,
-        channel,
-        tile,
-        columns,
-        width,
-        POWER_OF_TWO,
-        INTERPRETED,
-    )
+    for part in tl.static_range(128 // LINES):
+        line = part * LINES + tl.arange(0, LINES)
+        row, valid = (first + line).to(tl.int64), line < filled
+        own = group + tl.zeros_like(line)
+        channel = group * 128 + tl.arange(0, 128)
+        number = load_square(x, row, valid, stride, channel, columns)
+        store_groups(number, codes, scales, row, own, columns, valid, POWER_OF_TWO, INTERPRETED)
+    # Read again, from a cache: registers that held the square all along would be too many.
+    for part in tl.static_range(128 // CHANNELS):
+        line = tl.arange(0, 128)
+        channel = group * 128 + part * CHANNELS + tl.arange(0, CHANNELS)
+        row = (first + line).to(tl.int64)
+        number = load_square(x, row, line < filled, stride, channel, columns)
+        store_turned(
+            number,
+            turned_codes,
+            turned_scales,
+            channel.to(tl.int64),
+            tile,
+            columns,
+            width,
+            POWER_OF_TWO,
+            INTERPRETED,
+        )
 
 
 @triton.jit
