@@ -200,8 +200,8 @@ def locate(
 
 @triton.jit
 def largest(x: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
-    """Return the largest ``magnitude`` along an axis, which stays as one."""
-    return tl.max(magnitude(x), AXIS, keep_dims=True)
+    """Return the largest ``magnitude`` along an axis."""
+    return tl.max(magnitude(x), AXIS)
 
 
 @triton.jit
@@ -216,12 +216,12 @@ def store_groups(
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """Quantise groups, ``[G, 128]``, and store them at their rows and tiles, each [G, 1]."""
+    """Quantise groups, ``[G, 128]``, and store them at their rows and tiles, each ``[G]``."""
     scale = scale_of_magnitude(largest(x, 1), POWER_OF_TWO)
-    column = tile * 128 + tl.arange(0, 128)[None, :]
-    mask = valid & (column < columns)
-    code = encode(x, scale, POWER_OF_TWO, INTERPRETED)
-    tl.store(codes + row * columns + column, code, mask=mask)
+    column = (tile * 128)[:, None] + tl.arange(0, 128)[None, :]
+    code = encode(x, scale[:, None], POWER_OF_TWO, INTERPRETED)
+    at = codes + (row * columns)[:, None] + column
+    tl.store(at, code, mask=valid[:, None] & (column < columns))
     tl.store(scales + row * tl.cdiv(columns, 128) + tile, scale, mask=valid)
 
 
@@ -237,13 +237,13 @@ def store_turned(
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """Quantise the columns of ``[128, channels]`` and store them as rows; ``channel`` is [1, C]."""
+    """Quantise the columns of ``[128, C]`` and store them as rows ``channel``, int64 ``[C]``."""
     scale = scale_of_magnitude(largest(x, 0), POWER_OF_TWO)
-    code = tl.trans(encode(x, scale, POWER_OF_TWO, INTERPRETED))
-    at = tl.trans(channel).to(tl.int64)
-    place = tile.to(tl.int64) * 128 + tl.arange(0, 128)[None, :]
-    tl.store(codes + at * width + place, code, mask=at < columns)
-    tl.store(scales + channel.to(tl.int64) * (width // 128) + tile, scale, mask=channel < columns)
+    code = tl.trans(encode(x, scale[None, :], POWER_OF_TWO, INTERPRETED))
+    place = tile.to(tl.int64) * 128 + tl.arange(0, 128)
+    at = codes + (channel * width)[:, None] + place[None, :]
+    tl.store(at, code, mask=(channel < columns)[:, None])
+    tl.store(scales + channel * (width // 128) + tile, scale, mask=channel < columns)
 
 
 @triton.jit
@@ -258,13 +258,13 @@ def _tiles_kernel(
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    group = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS))[:, None]
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     tiles = tl.cdiv(columns, 128)
     row, tile = (group // tiles).to(tl.int64), group % tiles
-    column = tile * 128 + tl.arange(0, 128)[None, :]
-    mask = (group < groups) & (column < columns)
-    number = tl.load(x + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     valid = group < groups
+    column = (tile * 128)[:, None] + tl.arange(0, 128)[None, :]
+    at = x + (row * stride)[:, None] + column
+    number = tl.load(at, mask=valid[:, None] & (column < columns), other=0.0).to(tl.float32)
     store_groups(number, codes, scales, row, tile, columns, valid, POWER_OF_TWO, INTERPRETED)
 
 
@@ -287,15 +287,17 @@ def _turn_kernel(
 ) -> None:
     tile = tl.program_id(1)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
-    line = tl.arange(0, 128)[:, None]
-    row = (first + line).to(tl.int64)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    mask = (line < filled) & (channel < columns)
-    number = tl.load(x + row * stride + channel, mask=mask, other=0.0).to(tl.float32)
+    line = tl.arange(0, 128)
+    row, valid = (first + line).to(tl.int64), line < filled
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    at = x + (row * stride)[:, None] + channel[None, :]
+    mask = valid[:, None] & (channel < columns)[None, :]
+    number = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     if x_scales is not None:
         own = row * tl.cdiv(columns, 128) + tl.program_id(0) * CHANNELS // 128
-        number *= tl.load(x_scales + own, mask=line < filled, other=0.0)
-    store_turned(number, codes, scales, channel, tile, columns, width, POWER_OF_TWO, INTERPRETED)
+        number *= tl.load(x_scales + own, mask=valid, other=0.0)[:, None]
+    place = channel.to(tl.int64)
+    store_turned(number, codes, scales, place, tile, columns, width, POWER_OF_TWO, INTERPRETED)
 
 
 @triton.jit
@@ -315,22 +317,21 @@ def _both_kernel(
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    tile = tl.program_id(1)
+    tile, group = tl.program_id(1), tl.program_id(0)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
-    line = tl.arange(0, 128)[:, None]
-    row = (first + line).to(tl.int64)
-    group = tl.program_id(0)
-    channel = group * 128 + tl.arange(0, 128)[None, :]
-    mask = (line < filled) & (channel < columns)
-    number = tl.load(x + row * stride + channel, mask=mask, other=0.0).to(tl.float32)
-    store_groups(
-        number, codes, scales, row, group, columns, line < filled, POWER_OF_TWO, INTERPRETED
-    )
+    line = tl.arange(0, 128)
+    row, valid = (first + line).to(tl.int64), line < filled
+    channel = group * 128 + line
+    at = x + (row * stride)[:, None] + channel[None, :]
+    mask = valid[:, None] & (channel < columns)[None, :]
+    number = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    own = group + tl.zeros_like(line)
+    store_groups(number, codes, scales, row, own, columns, valid, POWER_OF_TWO, INTERPRETED)
     store_turned(
         number,
         turned_codes,
         turned_scales,
-        channel,
+        channel.to(tl.int64),
         tile,
         columns,
         width,
