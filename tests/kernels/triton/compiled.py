@@ -125,7 +125,27 @@ def attention() -> None:
         out.backward(torch.empty_like(out))
 
 
-CALLS: dict[str, Callable[[], None]] = {"attention": attention}
+def latent() -> None:
+    """Attention over the latent cache, and what stands around it, with few and with many heads."""
+    from ziphius.kernels.latent import LatentPages
+    from ziphius.kernels.triton.latent import TritonLatent
+
+    C, R, nope = 512, 64, 128
+    for H, batch, queries in ((16, 64, 1), (16, 64, 2), (16, 8, 64), (128, 64, 1), (128, 8, 2)):
+        N = batch * queries
+        slots, tables = torch.zeros(N, dtype=torch.int64), torch.zeros(batch, 64, dtype=torch.int64)
+        pages = torch.empty(8, 64, C + R, dtype=torch.bfloat16)
+        cache, triton_latent = LatentPages(pages, slots, tables, slots, slots), TritonLatent()
+        turns = torch.empty(2, N, R // 2).unbind()
+        triton_latent.append(torch.empty(N, C + R).bfloat16(), torch.ones(C), 1e-6, turns, cache)
+        q_NHd = torch.empty(N, H, nope + R, dtype=torch.bfloat16)
+        up_HCn = torch.empty(H, C, nope, dtype=torch.bfloat16)
+        q_NHc = triton_latent.queries(q_NHd, up_HCn, turns)
+        z_NHC = triton_latent.attend(q_NHc, C, 0.07, cache)
+        triton_latent.values(z_NHC, up_HCn.transpose(1, 2))
+
+
+CALLS: dict[str, Callable[[], None]] = {"attention": attention, "latent": latent}
 
 
 def main(names: list[str]) -> None:

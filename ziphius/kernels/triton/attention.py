@@ -39,8 +39,9 @@ class Tiles(NamedTuple):
 
 # The first is the choice, the others are what a benchmark may try instead.
 HALF_TILES = (
-    Tiles(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
-    Tiles(Launch(128, 128, 8, 2), Launch(128, 64, 8, 2), Launch(128, 32, 8, 3)),
+    Tiles(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(128, 32, 8, 3)),
+    Tiles(Launch(128, 128, 8, 2), Launch(128, 64, 8, 3), Launch(128, 64, 8, 2)),
+    Tiles(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 32, 4, 2)),
 )
 # FP32 products have no matrix unit: small blocks, which is also quick under the interpreter.
 SINGLE_TILES = Tiles(Launch(32, 32, 4, 1), Launch(32, 16, 4, 1), Launch(32, 16, 4, 1))
