@@ -1,1 +1,1 @@
-"""What is measured of kernels: entries, their checks, their times and the machine's measured peaks."""
+"""What is measured of kernels: entries, checks, times and the machine's measured peaks."""

@@ -13,8 +13,8 @@ from torch import Tensor
 # Inputs in turn take four times the cache; sets are few enough to be made in no time.
 _CACHES, _MOST_SETS = 4, 16
 # Seconds that a graph should take, so that events are exact, and that a measurement should.
-_GRAPH, _MEASUREMENT = 2e-3, 0.04
-_FEWEST, _MOST = 5, 50
+_GRAPH, _MEASUREMENT = 1e-3, 0.03
+_FEWEST, _MOST, _MOST_TURNS = 5, 50, 64
 
 
 class GpuClock:
@@ -35,26 +35,21 @@ class GpuClock:
 
     def seconds(self, run: Callable[[Any], Any], sets: Sequence[Any]) -> float:
         """Return the median seconds of a call."""
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
             for inputs in sets:
                 run(inputs)
-            once = self._timed(stream, lambda: [run(inputs) for inputs in sets]) / len(sets)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        turns = max(1, round(_GRAPH / max(once * len(sets), 1e-6)))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(min(turns, 64)):
-                kept = [run(inputs) for inputs in sets]
-                del kept
-        calls = min(turns, 64) * len(sets)
-        return self._replayed(graph) / calls
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        once = self._replayed(_captured(run, sets, 1), times=3)
+        turns = max(1, min(_MOST_TURNS, round(_GRAPH / max(once, 1e-6))))
+        graph = _captured(run, sets, turns)
+        times = max(_FEWEST, min(_MOST, round(_MEASUREMENT / max(once * turns, 1e-6))))
+        return self._replayed(graph, times) / (turns * len(sets))
 
-    def _replayed(self, graph: torch.cuda.CUDAGraph) -> float:
+    def _replayed(self, graph: torch.cuda.CUDAGraph, times: int) -> float:
         stream = torch.cuda.current_stream(self.device)
-        first = [self._timed(stream, graph.replay) for _ in range(2)][-1]
-        times = max(_FEWEST, min(_MOST, round(_MEASUREMENT / max(first, 1e-6))))
+        graph.replay()
         return statistics.median(self._timed(stream, graph.replay) for _ in range(times))
 
     def _timed(self, stream: torch.cuda.Stream, run: Callable[[], Any]) -> float:
@@ -64,6 +59,15 @@ class GpuClock:
         ended.record(stream)
         ended.synchronize()
         return began.elapsed_time(ended) / 1e3
+
+
+def _captured(run: Callable[[Any], Any], sets: Sequence[Any], turns: int) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(turns):
+            kept = [run(inputs) for inputs in sets]
+            del kept
+    return graph
 
 
 class HostClock:

@@ -1,9 +1,9 @@
-"""What an entry of ``kernels.py`` is: a kernel at a size, its floor, its reference and its peers."""
+"""An entry of ``kernels.py``: a kernel at a size, its floor, its reference and its peers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -35,7 +35,7 @@ class Place:
         return wide.to(dtype or self.storage)
 
     def outliers(self, generator: torch.Generator, *shape: int) -> Tensor:
-        """Return numbers of which one in a hundred is thirty times as large, as activations have."""
+        """Return numbers of which one in a hundred is thirty times as large."""
         wide = torch.randn(shape, generator=generator, device=self.device)
         large = torch.rand(shape, generator=generator, device=self.device) < 0.01
         return wide.where(~large, wide * 30).to(self.storage)
@@ -70,11 +70,12 @@ class Version:
 class Entry:
     """A kernel at a size.
 
-    ``make`` draws inputs, ``reference`` computes what is wanted in FP32 or float64, ``answer`` picks
-    what is compared from the inputs and a result: each tensor's relative error must be within
+    ``make`` draws inputs, ``reference`` computes what is wanted in FP32 or float64, ``answer``
+    picks what is compared from the inputs and a result: each tensor's relative error must be within
     ``bound``; zero asks for equal bits. ``flops`` and ``nbytes`` are what must be done at least,
     each input read once and each output written once; ``peak`` is the unit that does the former.
     ``goal`` is a speed: so many times the peer named, or that share of the bandwidth of a copy.
+    ``candidates`` are ours in other blocks, for tuning.
     """
 
     section: str
@@ -90,4 +91,4 @@ class Entry:
     peers: Sequence[Version] = ()
     answer: Callable[[Any, Any], Sequence[Tensor]] = tensors
     goal: tuple[str, float] | None = None
-    about: str = field(default="", compare=False)
+    candidates: Callable[[], Sequence[Version]] = tuple

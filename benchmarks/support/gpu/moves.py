@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from support.gpu.entry import COPY, OURS, PLAIN, Entry, Place, Version
-from support.gpu.rows import EAGER, in_tiles, parts
 from torch import Generator, Tensor
 
+from support.gpu.entry import COPY, OURS, PLAIN, Entry, Place, Version
+from support.gpu.rows import EAGER, in_tiles, parts
 from ziphius.kernels import loss, permute
 from ziphius.kernels.quantize import Fp8, quantize_tiles
 from ziphius.model import router
@@ -225,7 +225,7 @@ class Logits(NamedTuple):
 
 
 def losses(place: Place, sizes: Sizes) -> list[Entry]:
-    """Return cross entropy of logits, a chunk of rows at a time, and its gradient in their place."""
+    """Return cross entropy a chunk of rows at a time, its gradient in the place of the logits."""
     N, V, chunk = sizes.losses
 
     def make(generator: Generator) -> Logits:

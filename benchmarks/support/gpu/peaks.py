@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+
 from support.gpu.clock import Clock, GpuClock
 from support.gpu.entry import Entry
 

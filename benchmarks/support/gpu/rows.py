@@ -1,4 +1,4 @@
-"""What only moves and rounds rows: quantisers, SwiGLU, norms. Their floor is a copy's bandwidth."""
+"""What only moves and rounds rows, and waits for memory: quantisers, SwiGLU, norms."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from support.gpu.entry import COPY, OURS, PLAIN, Entry, Place, Version
-from support.gpu.products import uneven
 from torch import Generator, Tensor
 
+from support.gpu.entry import COPY, OURS, PLAIN, Entry, Place, Version
+from support.gpu.products import uneven
 from ziphius.kernels import norm, quantize, swiglu, swiglu_fp8
 from ziphius.kernels.quantize import Fp8, TorchQuantize, dequantize, turned_width
 
@@ -232,9 +232,7 @@ def _forward(place: Place, M: int, width: int) -> Entry:
         return tuple(quantize.quantize_tiles(y) for y in (hidden_MF, x.gate_MF, x.up_MF))
 
     # torch's rounds the product to the storage before it is quantised.
-    peers = [
-        Version(v.name, v.run, bound=2e-2, slow=v.slow) for v in also_compiled(eager)
-    ]
+    peers = [Version(v.name, v.run, bound=2e-2, slow=v.slow) for v in also_compiled(eager)]
     return Entry(
         section="swiglu",
         name=f"forward, three quantisations {M} x {width}",

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from support.gpu.entry import Place, Version
 from torch import Tensor
 
+from support.gpu.entry import Place, Version
 from ziphius.kernels.quantize import E4M3, E4M3_MAX, Fp8, dequantize
 
 BF16 = "torch BF16"
@@ -40,11 +40,13 @@ def blocks_for_torch(x: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Lay the same codes and scales out as torch wants them on Hopper.
 
     Scales of ``a`` column by column; those of ``b`` turned, with their groups padded to a multiple
-    of four. torch wants rows and columns in multiples of four and of 128.
+    of four, and rows of ``b`` to whole blocks. torch wants ``M`` a multiple of four.
     """
     scales_MG = x.a.scales.T.contiguous().T
     scales_oG = F.pad(x.b.scales, (0, -x.b.scales.shape[1] % 4))
-    return x.a.codes, x.b.codes.T, scales_MG, scales_oG.T
+    # Padding is not there for FP8 on every machine; for bytes it is.
+    b_NK = F.pad(x.b.codes.view(torch.uint8), (0, 0, 0, -len(x.b.codes) % 128)).view(E4M3)
+    return x.a.codes, b_NK.T, scales_MG, scales_oG.T
 
 
 def rows_for_torch(x: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
