@@ -51,7 +51,7 @@ def _whole(x: Tensor) -> tuple[tuple[int], tuple[int]]:
 
 
 def relative_error(out: Tensor, wanted: Tensor) -> float:
-    """Compute ``|out - wanted| / |wanted|`` in float64; NaN is NaN. Raises Wrong for another shape."""
+    """Return ``|out - wanted| / |wanted|`` in float64. Raises Wrong where shapes differ."""
     if out.shape != wanted.shape:
         raise Wrong(f"has the shape {tuple(out.shape)}, not {tuple(wanted.shape)}")
     total = torch.zeros(2, dtype=torch.float64, device=wanted.device)
