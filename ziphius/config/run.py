@@ -16,8 +16,9 @@ class RunConfig(Table):
     """What a run needs to be repeated: its seed, its threads and its device.
 
     ``threads`` belongs to the recipe because sums over threads differ in their last bits;
-    0 takes as many as the process may use and writes it down. ``kernels`` are torch's own or the
-    ``compiled`` ones of ``kernels/cpu``; ``auto`` takes these where there is a compiler.
+    0 takes as many as the process may use and writes it down. ``kernels`` are torch's own, the
+    ``compiled`` ones of ``kernels/cpu``, or those for GPUs, ``triton``; ``auto`` takes these on a
+    GPU that has Triton, and compiled ones where there is a compiler.
     ``products`` says how BF16 products run on a processor: ``native``, or ``widened`` to FP32;
     ``auto`` takes what is measured to be faster. Both choices are written down. ``cache`` keeps the
     compiled kernels. A checkpoint is written every
@@ -29,7 +30,7 @@ class RunConfig(Table):
     seed: int = Field(0, ge=0)
     threads: int = Field(0, ge=0)
     device: str = "cpu"
-    kernels: Literal["auto", "torch", "compiled"] = "auto"
+    kernels: Literal["auto", "torch", "compiled", "triton"] = "auto"
     products: Literal["auto", "native", "widened"] = "auto"
     cache: str = "~/.cache/ziphius"
     checkpoint_every: int = Field(500, ge=1)

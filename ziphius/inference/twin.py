@@ -19,7 +19,7 @@ def twin(model: Transformer, kernels: Kernels) -> Transformer:
         raise BadInput(
             "this model's experts are held as its file has them: open the checkpoint by LLM(path)"
         )
-    other = Transformer(model.config, model.precision, kernels=kernels, device="meta")
+    other = Transformer(model.config, model.precision.for_answers(), kernels=kernels, device="meta")
     share(model, other)
     return other.eval()
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ziphius.kernels.cpu.library import Library
+from ziphius.kernels.kept import KeptOutput
 
 
 def causal_attention_reference(
@@ -19,21 +21,62 @@ def causal_attention_reference(
     v_BHTv: Tensor,
     scale: float,
     documents_BT: Tensor | None = None,
+    kept: KeptOutput | None = None,
 ) -> Tensor:
     """Attend causally with expanded heads (report eq. 10), the whole score matrix written out.
 
     ``q`` and ``k`` are ``[B, H, T, d]``, ``v`` is ``[B, H, T, v]``; the result is ``[B, H, T, v]``
     in the dtype of ``v``. Scores and softmax are at least FP32. With ``documents``, the number of
-    the document of every position, queries see the keys of their own document only.
+    the document of every position, queries see the keys of their own document only. With ``kept``
+    the output is saved for backward as that has it, and not as it is.
     """
+    if kept is not None:
+        return _Kept.apply(q_BHTd, k_BHTd, v_BHTv, scale, documents_BT, kept)
+    weights_BHTT = _weights(q_BHTd, k_BHTd, scale, documents_BT)
+    return (weights_BHTT @ v_BHTv.to(weights_BHTT.dtype)).to(v_BHTv.dtype)
+
+
+def _weights(q_BHTd: Tensor, k_BHTd: Tensor, scale: float, documents_BT: Tensor | None) -> Tensor:
     high = torch.promote_types(q_BHTd.dtype, torch.float32)
     scores_BHTT = (q_BHTd.to(high) @ k_BHTd.to(high).transpose(-1, -2)) * scale
     T = scores_BHTT.shape[-1]
     hidden = torch.ones(T, T, dtype=torch.bool, device=q_BHTd.device).triu(1)
     if documents_BT is not None:
         hidden = ~_visible(documents_BT)
-    weights_BHTT = scores_BHTT.masked_fill(hidden, float("-inf")).softmax(-1)
-    return (weights_BHTT @ v_BHTv.to(high)).to(v_BHTv.dtype)
+    return scores_BHTT.masked_fill(hidden, float("-inf")).softmax(-1)
+
+
+class _Kept(torch.autograd.Function):
+    """Backward written out: the output enters it once, as the sum of ``dout * out`` of a query."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BHTd: Tensor,
+        k_BHTd: Tensor,
+        v_BHTv: Tensor,
+        scale: float,
+        documents_BT: Tensor | None,
+        kept: KeptOutput,
+    ) -> Tensor:
+        out_BHTv = causal_attention_sdpa(q_BHTd, k_BHTd, v_BHTv, scale, documents_BT)
+        ctx.save_for_backward(q_BHTd, k_BHTd, v_BHTv, documents_BT, *kept.keep(out_BHTv))
+        ctx.scale, ctx.kept = scale, kept
+        return out_BHTv
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_BHTd, k_BHTd, v_BHTv, documents_BT, *saved = ctx.saved_tensors
+        weights_BHTT = _weights(q_BHTd, k_BHTd, ctx.scale, documents_BT)
+        q, k, v, dout = (x.to(weights_BHTT.dtype) for x in (q_BHTd, k_BHTd, v_BHTv, grads[0]))
+        out_BHTv = ctx.kept.restore(saved, v_BHTv).to(dout.dtype)
+        along_BHT1 = (dout * out_BHTv).sum(-1, keepdim=True)
+        dscores_BHTT = weights_BHTT * (dout @ v.transpose(-1, -2) - along_BHT1) * ctx.scale
+        dq, dk = dscores_BHTT @ k, dscores_BHTT.transpose(-1, -2) @ q
+        dv = weights_BHTT.transpose(-1, -2) @ dout
+        gradients = zip((dq, dk, dv), (q_BHTd, k_BHTd, v_BHTv), strict=True)
+        return *(d.to(x.dtype) for d, x in gradients), None, None, None
 
 
 def causal_attention_sdpa(
@@ -42,11 +85,15 @@ def causal_attention_sdpa(
     v_BHTv: Tensor,
     scale: float,
     documents_BT: Tensor | None = None,
+    kept: KeptOutput | None = None,
 ) -> Tensor:
     """Do the same through torch's fused attention, which never holds the score matrix.
 
     The fused CPU kernel wants ``equal_widths`` of keys and values; it is fastest to have them so.
+    torch's backward takes its own output: with ``kept`` ours is written out.
     """
+    if kept is not None:
+        return _Kept.apply(q_BHTd, k_BHTd, v_BHTv, scale, documents_BT, kept)
     v = v_BHTv.shape[-1]
     q_BHTd, k_BHTd, v_BHTv = equal_widths(q_BHTd, k_BHTd, v_BHTv)
     mask = None if documents_BT is None else _visible(documents_BT)
@@ -75,7 +122,7 @@ def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 class _Compiled(torch.autograd.Function):
-    """Keeps its inputs, its output and one number a query."""
+    """Keeps its inputs, its output or what ``kept`` makes of it, and one number a query."""
 
     @staticmethod
     def forward(
@@ -86,6 +133,7 @@ class _Compiled(torch.autograd.Function):
         v_BHTv: Tensor,
         scale: float,
         documents_BT: Tensor | None,
+        kept: KeptOutput | None,
     ) -> Tensor:
         q_BHTd, k_BHTd, v_BHTv = (_rows(x) for x in (q_BHTd, k_BHTd, v_BHTv))
         if documents_BT is not None:
@@ -105,13 +153,16 @@ class _Compiled(torch.autograd.Function):
             log_sums_BHT,
             *ctx.size,
         )
-        ctx.save_for_backward(*tensors, log_sums_BHT, documents_BT)
-        ctx.library = library
+        saved = (out_BHTv,) if kept is None else kept.keep(out_BHTv)
+        ctx.save_for_backward(*tensors[:3], log_sums_BHT, documents_BT, *saved)
+        ctx.library, ctx.kept = library, kept
         return out_BHTv
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None, None]:
-        *tensors, log_sums_BHT, documents_BT = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_BHTd, k_BHTd, v_BHTv, log_sums_BHT, documents_BT, *saved = ctx.saved_tensors
+        out_BHTv = saved[0] if ctx.kept is None else ctx.kept.restore(saved, v_BHTv)
+        tensors = (q_BHTd, k_BHTd, v_BHTv, out_BHTv)
         inputs = (*tensors, _rows(grads[0]))
         outputs = tuple(_like(x) for x in tensors[:3])
         ctx.library.call(
@@ -125,7 +176,7 @@ class _Compiled(torch.autograd.Function):
             *ctx.size,
         )
         dq_BHTd, dk_BHTd, dv_BHTv = outputs
-        return None, dq_BHTd, dk_BHTd, dv_BHTv, None, None
+        return None, dq_BHTd, dk_BHTd, dv_BHTv, None, None, None
 
 
 def _rows(x_BHTd: Tensor) -> Tensor:
@@ -151,15 +202,16 @@ def causal_attention_compiled(
     v_BHTv: Tensor,
     scale: float,
     documents_BT: Tensor | None = None,
+    kept: KeptOutput | None = None,
 ) -> Tensor:
     """Do the same in blocks that stay in a processor's cache, none of them above the diagonal."""
-    return _Compiled.apply(library, q_BHTd, k_BHTd, v_BHTv, scale, documents_BT)
+    return _Compiled.apply(library, q_BHTd, k_BHTd, v_BHTv, scale, documents_BT, kept)
 
 
 # Versions that pad keys or values unless they are given equal widths.
 WANT_EQUAL_WIDTHS = frozenset({"sdpa"})
 
-VERSIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]] = {
+VERSIONS: dict[str, Callable[..., Tensor]] = {
     "reference": causal_attention_reference,
     "sdpa": causal_attention_sdpa,
 }

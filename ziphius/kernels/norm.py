@@ -123,3 +123,5 @@ VERSIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "torch": rms_norm,
 }
 COMPILED = rms_norm_compiled
+# None: norm, then quantise.
+TILES_VERSIONS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]] | None] = {"two_steps": None}

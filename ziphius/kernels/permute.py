@@ -128,3 +128,4 @@ VERSIONS: dict[str, Move] = {"torch": permute}
 COMPILED = permute_compiled
 BACK_VERSIONS: dict[str, Move] = {"torch": unpermute}
 BACK_COMPILED = unpermute_compiled
+TILES_VERSIONS: dict[str, Callable[[Fp8, Tensor, int], Fp8]] = {"torch": permute_tiles}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import shutil
 import time
 from collections.abc import Mapping
@@ -19,19 +21,25 @@ from ziphius.kernels import (
     attention,
     choose,
     expand,
+    gemm,
     grouped,
+    grouped_gemm,
     latent,
     linear,
     loss,
     mixture,
     norm,
     permute,
+    quantize,
     rows,
     swiglu,
+    swiglu_fp8,
 )
 from ziphius.kernels.cpu.library import COMPILER, Library, build
+from ziphius.kernels.fp8 import Arithmetic
 
 COMPILED = "cpp"
+TRITON = "triton"
 _PRODUCTS = (torch.bfloat16, torch.float32)
 # Processors differ by a factor of two either way; a busy machine should not turn the answer.
 _MARGIN = 1.2
@@ -55,6 +63,30 @@ OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
     "residual": (rows.RESIDUAL_VERSIONS, rows.RESIDUAL_COMPILED),
     "join": (rows.JOIN_VERSIONS, rows.JOIN_COMPILED),
     "widen": (rows.WIDEN_VERSIONS, rows.WIDEN_COMPILED),
+    "quantize": (quantize.VERSIONS, None),
+    "gemm": (gemm.VERSIONS, None),
+    "grouped_gemm": (grouped_gemm.VERSIONS, None),
+    "along_k": (grouped_gemm.ALONG_K_VERSIONS, None),
+    "swiglu_fp8": (swiglu_fp8.VERSIONS, None),
+    "permute_tiles": (permute.TILES_VERSIONS, None),
+    "norm_tiles": (norm.TILES_VERSIONS, None),
+}
+# The module below kernels/triton, and what it has for the operation: imported where it is chosen.
+ON_GPUS: Mapping[str, tuple[str, str]] = {
+    "attention": ("attention", "causal_attention_triton"),
+    "norm": ("norm", "rms_norm_triton"),
+    "permute": ("permute", "permute_triton"),
+    "unpermute": ("permute", "unpermute_triton"),
+    "loss": ("loss", "cross_entropy_rows_triton"),
+    "quantize": ("quantize", "TritonQuantize"),
+    "gemm": ("gemm", "gemm_triton"),
+    "grouped_gemm": ("grouped_gemm", "grouped_gemm_triton"),
+    "along_k": ("grouped_gemm", "grouped_gemm_along_k_triton"),
+    "swiglu_fp8": ("swiglu_fp8", "TritonSwigluFp8"),
+    "permute_tiles": ("permute", "permute_tiles_triton"),
+    "norm_tiles": ("norm", "norm_operand_triton"),
+    "route": ("route", "route_triton"),
+    "sort": ("permute", "sort_by_slot_triton"),
 }
 # Their compiled versions have no backward.
 ANSWERING = frozenset(
@@ -89,22 +121,47 @@ class Kernels:
     residual: str = "torch"
     join: str = "torch"
     widen: str = "torch"
+    quantize: str = "torch"
+    gemm: str = "reference"
+    grouped_gemm: str = "reference"
+    along_k: str = "reference"
+    swiglu_fp8: str = "torch"
+    permute_tiles: str = "torch"
+    norm_tiles: str = "two_steps"
     library: Library | None = None
 
     def __post_init__(self) -> None:
         for op, (versions, compiled) in OPERATIONS.items():
             name = getattr(self, op)
-            if name == COMPILED and compiled is not None:
+            if name == TRITON and op in ON_GPUS:
+                if not has_triton():
+                    raise BadInput(f"kernel {op}: '{TRITON}' needs the package triton")
+            elif name == COMPILED and compiled is not None:
                 if self.library is None:
                     raise BadInput(f"kernel {op}: '{COMPILED}' needs the compiled library")
             elif name not in versions:
                 names = [*versions, *([COMPILED] if compiled else [])]
+                names += [TRITON] if op in ON_GPUS else []
                 raise BadInput(f"kernel {op}: no version '{name}'{nearest(name, names)}")
 
     def function(self, op: str) -> Any:
         """Return the chosen version of an operation."""
         name, (versions, compiled) = getattr(self, op), OPERATIONS[op]
+        if name == TRITON:
+            module, function = ON_GPUS[op]
+            return getattr(importlib.import_module(f"ziphius.kernels.triton.{module}"), function)
         return partial(compiled, self.library) if name == COMPILED else versions[name]
+
+    def fp8(self, power_of_two: bool = False) -> Arithmetic:
+        """Return the chosen versions of what FP8 layers are made of."""
+        return Arithmetic(
+            quantize=self.function("quantize")(),
+            gemm=self.function("gemm"),
+            grouped=self.function("grouped_gemm"),
+            along_k=self.function("along_k"),
+            swiglu=self.function("swiglu_fp8")(),
+            power_of_two=power_of_two,
+        )
 
     def product_dtype(self, compute: torch.dtype) -> torch.dtype:
         """Return the dtype that experts and the loss multiply in."""
@@ -122,6 +179,12 @@ def compiled_kernels(folder: Path, products: str = "native") -> Kernels:
     ``products`` is the version of ``linear``. Raises BadInput where there is no compiler.
     """
     return Kernels(**_compiled_but(ANSWERING), linear=products, library=build(folder))
+
+
+def triton_kernels() -> Kernels:
+    """Choose the kernels for GPUs wherever there is one. Raises BadInput without Triton."""
+    chosen: dict[str, Any] = dict.fromkeys(ON_GPUS, TRITON)
+    return Kernels(**chosen)
 
 
 def answering_kernels(folder: Path | None) -> Kernels:
@@ -156,6 +219,11 @@ def _compiled_but(left: frozenset[str]) -> dict[str, Any]:
 def has_compiler() -> bool:
     """Say whether kernels can be compiled here."""
     return shutil.which(COMPILER) is not None
+
+
+def has_triton() -> bool:
+    """Say whether kernels for GPUs can be compiled here."""
+    return importlib.util.find_spec(TRITON) is not None
 
 
 def widening_pays(size: int = 512, rounds: int = 12) -> bool:

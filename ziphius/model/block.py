@@ -18,6 +18,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
+from ziphius.kernels.fp8 import Operand
 from ziphius.kernels.latent import LatentPages
 from ziphius.kernels.select import Kernels
 from ziphius.model.dispatch import Sent
@@ -33,7 +34,7 @@ class Attended(NamedTuple):
     """What stage ``attend`` leaves to the others."""
 
     x_BTD: Tensor  # the residual stream
-    u_ND: Tensor  # its norm: the input of the feed-forward half
+    u_ND: Operand  # its norm: the input of the feed-forward half
     routed: Routed | None
 
 
@@ -85,12 +86,14 @@ class Block(nn.Module):
 
         ``chosen`` replays an earlier choice of experts.
         """
-        attended_BTD = self.self_attn(self.input_layernorm(x_BTD), rope, cache, documents_BT)
+        attended_BTD = self.self_attn(
+            self.input_layernorm.operand(x_BTD), rope, cache, documents_BT
+        )
         x_BTD = self.plus(x_BTD, attended_BTD)
-        u_ND = self.post_attention_layernorm(x_BTD).flatten(0, 1)
+        u_ND = self.post_attention_layernorm.operand(x_BTD.flatten(0, 1), dispatched=True)
         return Attended(x_BTD, u_ND, self.mlp.route(u_ND, chosen_NK))
 
-    def dispatch(self, attended: Attended) -> Sent | Tensor:
+    def dispatch(self, attended: Attended) -> Sent | Operand:
         """Bring every row to the experts that were chosen for it."""
         return self.mlp.dispatch(attended.u_ND, attended.routed)
 
@@ -98,11 +101,11 @@ class Block(nn.Module):
         """Compute the shared experts, which need nothing from other ranks."""
         return self.mlp.shared(attended.u_ND)
 
-    def experts(self, sent: Sent | Tensor) -> Tensor:
+    def experts(self, sent: Sent | Operand) -> Tensor:
         """Compute the experts on the rows that arrived."""
         return self.mlp.run_experts(sent)
 
-    def combine(self, rows: Tensor, sent: Sent | Tensor) -> Tensor:
+    def combine(self, rows: Tensor, sent: Sent | Operand) -> Tensor:
         """Bring the experts' rows back and sum them for every token: ``[N, D]``."""
         return self.mlp.combine(rows, sent)
 

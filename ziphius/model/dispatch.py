@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ziphius.kernels.fp8 import Operand, Tiled, permute_tiled
 from ziphius.kernels.select import Kernels
 from ziphius.model.router import Routing, expert_counts
 
@@ -30,10 +32,15 @@ class LocalSort:
 class Sent:
     """What stage ``dispatch`` delivers: rows sorted by the experts that live here."""
 
-    rows_MD: Tensor
+    rows_MD: Operand
     gates_M: Tensor
-    counts: list[int]
     sort: LocalSort
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Rows of every slot, for products that are told on the host: that waits for a GPU."""
+        counts: list[int] = self.sort.counts_E.tolist()
+        return counts
 
 
 def sort_by_slot(slots_NK: Tensor, n_slots: int) -> LocalSort:
@@ -49,7 +56,7 @@ def sort_by_slot(slots_NK: Tensor, n_slots: int) -> LocalSort:
 class Dispatcher(Protocol):
     """Takes rows to the experts and sums what comes back. No row is ever dropped."""
 
-    def dispatch(self, u_ND: Tensor, routing: Routing, sort: LocalSort) -> Sent:
+    def dispatch(self, u_ND: Operand, routing: Routing, sort: LocalSort) -> Sent:
         """Send every token's row to its experts."""
         ...
 
@@ -64,12 +71,18 @@ class LocalDispatcher:
     def __init__(self, kernels: Kernels) -> None:
         self.permute = kernels.function("permute")
         self.unpermute = kernels.function("unpermute")
+        self.permute_tiles = kernels.function("permute_tiles")
 
-    def dispatch(self, u_ND: Tensor, routing: Routing, sort: LocalSort) -> Sent:
-        """Copy every token's row next to the other rows of its expert."""
-        rows_MD = self.permute(u_ND, sort.order_M, sort.inverse_M, sort.top_k)
+    def dispatch(self, u_ND: Operand, routing: Routing, sort: LocalSort) -> Sent:
+        """Copy every token's row next to the other rows of its expert; of tiles only the tiles."""
+        where = (sort.order_M, sort.inverse_M, sort.top_k)
+        rows_MD: Operand
+        if isinstance(u_ND, Tiled):
+            rows_MD = permute_tiled(u_ND, *where, self.permute_tiles, self.unpermute)
+        else:
+            rows_MD = self.permute(u_ND, *where)
         gates_M = routing.weights_NK.flatten().index_select(0, sort.order_M)
-        return Sent(rows_MD, gates_M, sort.counts_E.tolist(), sort)
+        return Sent(rows_MD, gates_M, sort)
 
     def combine(self, rows_MD: Tensor, sent: Sent) -> Tensor:
         """Bring the rows back into the tokens' order and sum them."""

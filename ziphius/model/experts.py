@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
+from ziphius.kernels.fp8 import Arithmetic
 from ziphius.kernels.mixture import Expert
 from ziphius.kernels.select import Kernels
+from ziphius.model.derived import Derived
 from ziphius.model.dispatch import Sent
 from ziphius.model.layers import Device
 from ziphius.model.precision import Precision
@@ -120,14 +122,26 @@ class RoutedExperts(nn.Module):
         self.dtype = kernels.product_dtype(precision.dtype("linear"))
         self.grouped = kernels.function("grouped")
         self.swiglu = kernels.function("swiglu")
+        self.fp8 = kernels.fp8(precision.power_of_two) if precision.in_fp8("linear") else None
+        self.derived = Derived()
         self.store: ExpertStore = StackedExperts(config, precision, device)
 
     def forward(self, sent: Sent) -> Tensor:
         """Compute the experts' rows ``[M, D]`` in the order they were sent."""
+        if self.fp8 is not None:
+            return self._in_fp8(self.fp8, sent)
         gate_up_MG = self.grouped(sent.rows_MD, self.store.gate_up(), sent.counts)
         hidden_MF = self.activate(gate_up_MG, sent.gates_M)
         out_MD: Tensor = self.grouped(hidden_MF, self.store.down(), sent.counts)
         return out_MD
+
+    def _in_fp8(self, fp8: Arithmetic, sent: Sent) -> Tensor:
+        gate_up, down, counts_E = self.store.gate_up(), self.store.down(), sent.sort.counts_E
+        rows_MD = fp8.operand(sent.rows_MD, power_of_two=True)
+        gate_up_fp8 = self.derived.get("gate_up", gate_up, fp8.weight)
+        gate_up_MG = fp8.grouped_linear(rows_MD, gate_up, gate_up_fp8, counts_E)
+        down_fp8 = self.derived.get("down", down, fp8.weight)
+        return fp8.gated_linear(gate_up_MG, None, sent.gates_M, down, down_fp8, counts_E)
 
     def activate(self, gate_up_MG: Tensor, gates_M: Tensor) -> Tensor:
         """SwiGLU times the routing weight, ``[M, F]``."""

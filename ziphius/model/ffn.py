@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
+from ziphius.kernels.fp8 import Operand, Tiled
 from ziphius.kernels.mixture import Expert, Experts
 from ziphius.kernels.select import Kernels
 from ziphius.model.dispatch import Dispatcher, LocalDispatcher, LocalSort, Sent, sort_by_slot
@@ -26,23 +27,23 @@ class Routed(NamedTuple):
 class FeedForward(Protocol):
     """The stages of a block's second half. ``u`` is the normed input ``[N, D]``."""
 
-    def route(self, u_ND: Tensor, chosen_NK: Tensor | None) -> Routed | None:
+    def route(self, u_ND: Operand, chosen_NK: Tensor | None) -> Routed | None:
         """Decide where rows go; ``None`` where there is nothing to decide."""
         ...
 
-    def dispatch(self, u_ND: Tensor, routed: Routed | None) -> Sent | Tensor:
+    def dispatch(self, u_ND: Operand, routed: Routed | None) -> Sent | Operand:
         """Bring rows to the experts."""
         ...
 
-    def run_experts(self, sent: Sent | Tensor) -> Tensor:
+    def run_experts(self, sent: Sent | Operand) -> Tensor:
         """Compute on the rows that arrived."""
         ...
 
-    def combine(self, rows: Tensor, sent: Sent | Tensor) -> Tensor:
+    def combine(self, rows: Tensor, sent: Sent | Operand) -> Tensor:
         """Bring results back: ``[N, D]``."""
         ...
 
-    def shared(self, u_ND: Tensor) -> Tensor | None:
+    def shared(self, u_ND: Operand) -> Tensor | None:
         """Compute what every token gets without routing, if anything."""
         ...
 
@@ -59,8 +60,12 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(width, inner, precision, kernels, device)
         self.down_proj = Linear(inner, width, precision, kernels, device)
 
-    def forward(self, u_ND: Tensor) -> Tensor:
-        return self.down_proj(self.activate(self.gate_proj(u_ND), self.up_proj(u_ND)))
+    def forward(self, u_ND: Operand) -> Tensor:
+        gate_NF, up_NF = self.gate_proj(u_ND), self.up_proj(u_ND)
+        down = self.down_proj
+        if down.fp8 is not None:
+            return down.fp8.gated_linear(gate_NF, up_NF, None, down.weight, down.in_fp8())
+        return down(self.activate(gate_NF, up_NF))
 
     def activate(self, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
         """Apply the gated activation, ``[N, F]``."""
@@ -76,20 +81,20 @@ class Dense(SwiGLU):
     ) -> None:
         super().__init__(config.hidden_size, config.intermediate_size, precision, kernels, device)
 
-    def route(self, u_ND: Tensor, chosen_NK: Tensor | None) -> Routed | None:
+    def route(self, u_ND: Operand, chosen_NK: Tensor | None) -> Routed | None:
         return None
 
-    def dispatch(self, u_ND: Tensor, routed: Routed | None) -> Sent | Tensor:
+    def dispatch(self, u_ND: Operand, routed: Routed | None) -> Sent | Operand:
         return u_ND
 
-    def run_experts(self, sent: Sent | Tensor) -> Tensor:
-        assert isinstance(sent, Tensor), "a dense layer computes on the rows themselves"
+    def run_experts(self, sent: Sent | Operand) -> Tensor:
+        assert not isinstance(sent, Sent), "a dense layer computes on the rows themselves"
         return self(sent)
 
-    def combine(self, rows: Tensor, sent: Sent | Tensor) -> Tensor:
+    def combine(self, rows: Tensor, sent: Sent | Operand) -> Tensor:
         return rows
 
-    def shared(self, u_ND: Tensor) -> Tensor | None:
+    def shared(self, u_ND: Operand) -> Tensor | None:
         return None
 
 
@@ -112,19 +117,22 @@ class MixtureOfExperts(nn.Module):
         self.mixture = kernels.function("mixture")
         self.places: Experts | None = None
 
-    def route(self, u_ND: Tensor, chosen_NK: Tensor | None) -> Routed | None:
-        routing = self.gate(u_ND, chosen_NK)
+    def route(self, u_ND: Operand, chosen_NK: Tensor | None) -> Routed | None:
+        routing = self.gate(u_ND.value if isinstance(u_ND, Tiled) else u_ND, chosen_NK)
         if self.mixture is not None:
             return Routed(routing, None)
         store = self.experts.store
         slots_NK = store.slots(routing.chosen_NK)
         return Routed(routing, sort_by_slot(slots_NK, len(store.slot_to_expert)))
 
-    def dispatch(self, u_ND: Tensor, routed: Routed | None) -> Sent | Tensor:
+    def dispatch(self, u_ND: Operand, routed: Routed | None) -> Sent | Operand:
         assert routed is not None, "a mixture layer dispatches what it has routed"
         if routed.sort is None:
+            assert isinstance(u_ND, Tensor), "experts in place take rows as they are"
             return self.in_place(u_ND, routed.routing)
-        return self.dispatcher.dispatch(u_ND.to(self.experts.dtype), routed.routing, routed.sort)
+        if isinstance(u_ND, Tensor):
+            u_ND = u_ND.to(self.experts.dtype)
+        return self.dispatcher.dispatch(u_ND, routed.routing, routed.sort)
 
     def in_place(self, u_ND: Tensor, routing: Routing) -> Tensor:
         """Compute all experts where the rows lie, in one kernel without a backward: ``[N, D]``."""
@@ -141,13 +149,16 @@ class MixtureOfExperts(nn.Module):
         one = self.shared_experts
         return Expert(one.gate_proj.weight, one.up_proj.weight, one.down_proj.weight)
 
-    def run_experts(self, sent: Sent | Tensor) -> Tensor:
-        return self.experts(sent) if isinstance(sent, Sent) else sent
+    def run_experts(self, sent: Sent | Operand) -> Tensor:
+        if isinstance(sent, Sent):
+            return self.experts(sent)
+        assert isinstance(sent, Tensor), "experts in place give rows"
+        return sent
 
-    def combine(self, rows: Tensor, sent: Sent | Tensor) -> Tensor:
+    def combine(self, rows: Tensor, sent: Sent | Operand) -> Tensor:
         if not isinstance(sent, Sent):
             return rows
         return self.dispatcher.combine(rows, sent).to(self.dtype)
 
-    def shared(self, u_ND: Tensor) -> Tensor | None:
+    def shared(self, u_ND: Operand) -> Tensor | None:
         return self.shared_experts(u_ND) if self.mixture is None else None

@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ziphius.kernels.fp8 import Fp8Weight, Operand, Tiled
+from ziphius.kernels.kept import KeptOutput
 from ziphius.kernels.select import Kernels
+from ziphius.model.derived import Derived
 from ziphius.model.precision import Kind, Precision
 
 Device = torch.device | str | None
@@ -16,7 +19,7 @@ class Linear(nn.Module):
     """``y = x W^T`` without a bias, ``W`` stored ``[out, in]``: the precision seam.
 
     ``kind`` picks the row of the precision table. The product runs in that dtype and the result
-    keeps it.
+    keeps it; one in FP8 gives what the table calls compute.
     """
 
     def __init__(
@@ -31,13 +34,25 @@ class Linear(nn.Module):
         super().__init__()
         self.dtype = precision.dtype(kind)
         self.linear = kernels.function("linear")
+        self.fp8 = kernels.fp8(precision.power_of_two) if precision.in_fp8(kind) else None
+        self.derived = Derived()
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, dtype=precision.storage, device=device)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Operand, kept: KeptOutput | None = None) -> Tensor:
+        """Multiply ``[..., in]`` to ``[..., out]``; ``kept`` holds ``x`` for backward already."""
+        if self.fp8 is not None:
+            return self.fp8.linear(self.fp8.operand(x), self.weight, self.in_fp8(), kept)
+        assert isinstance(x, Tensor), "tiles are for products in FP8"
         y: Tensor = self.linear(x, self.weight, self.dtype)
         return y
+
+    def in_fp8(self) -> Fp8Weight:
+        """Return the weight as FP8 products take it, quantised once a version."""
+        assert self.fp8 is not None, "asked for by products in FP8"
+        form: Fp8Weight = self.derived.get("fp8", self.weight, self.fp8.weight)
+        return form
 
 
 class RMSNorm(nn.Module):
@@ -49,11 +64,32 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.rms_norm = kernels.function("norm")
+        self.norm_tiles = kernels.function("norm_tiles") or self._in_two_steps
+        self.fp8 = kernels.fp8(precision.power_of_two) if precision.in_fp8("linear") else None
         self.weight = nn.Parameter(torch.empty(width, dtype=precision.storage, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.rms_norm(x, self.weight, self.eps)
         return y
+
+    def operand(self, x: Tensor, *, dispatched: bool = False) -> Operand:
+        """Norm what linear layers take: in FP8 tiles, where those multiply in FP8.
+
+        Rows that are ``dispatched`` have powers of two as scales (facts 4.1).
+        """
+        if self.fp8 is None:
+            y: Tensor = self(x)
+            return y
+        return self.tiled(x, dispatched or self.fp8.power_of_two)
+
+    def tiled(self, x: Tensor, power_of_two: bool) -> Tiled:
+        """Norm and quantise."""
+        return Tiled(*self.norm_tiles(x, self.weight, self.eps, power_of_two))
+
+    def _in_two_steps(self, x: Tensor, weight: Tensor, eps: float, power_of_two: bool) -> Tiled:
+        assert self.fp8 is not None, "asked for by products in FP8"
+        value: Tensor = self.rms_norm(x, weight, eps)
+        return self.fp8.operand(value, power_of_two=power_of_two)
 
 
 class Embedding(nn.Module):

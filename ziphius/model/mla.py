@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
 from ziphius.kernels import attention
+from ziphius.kernels.fp8 import Operand
+from ziphius.kernels.kept import KeptOutput
 from ziphius.kernels.latent import LatentPages
 from ziphius.kernels.select import Kernels
 from ziphius.kernels.stored import Codes
@@ -69,7 +71,7 @@ class MLA(nn.Module):
 
     def forward(
         self,
-        x_BTD: Tensor,
+        x_BTD: Operand,
         rope: Rope,
         cache: LatentPages | None = None,
         documents_BT: Tensor | None = None,
@@ -84,10 +86,12 @@ class MLA(nn.Module):
             assert documents_BT is None, "a cache holds one document a sequence"
             return self.core(self.project(x_BTD, rope, cache), cache)
         q_BHTd, k_BHTd, v_BHTv = self.expand(*self.compress(x_BTD), rope)
-        out_BHTv = self.attention(q_BHTd, k_BHTd, v_BHTv, self.scale, documents_BT)
-        return self.o_proj(out_BHTv[..., : self.v].transpose(1, 2).flatten(-2))
+        # Backward of attention and of the output projection read one copy, in twelve bits.
+        kept = KeptOutput(self.v) if self.o_proj.fp8 is not None else None
+        out_BHTv = self.attention(q_BHTd, k_BHTd, v_BHTv, self.scale, documents_BT, kept)
+        return self.o_proj(out_BHTv[..., : self.v].transpose(1, 2).flatten(-2), kept)
 
-    def project(self, x_BTD: Tensor, rope: Rope, cache: LatentPages) -> Tensor:
+    def project(self, x_BTD: Operand, rope: Rope, cache: LatentPages) -> Tensor:
         """Append the rows of new tokens ``[1, N, D]``; return their queries in the rows' form.
 
         The result is ``[N, H, C + R]`` (eq. 1-9 with the keys' up-projection absorbed).
@@ -96,7 +100,7 @@ class MLA(nn.Module):
         gain_C, eps = self.kv_a_layernorm.weight, self.kv_a_layernorm.eps
         self.paged.append(kv_BTc[0], gain_C, eps, rope, cache)
         if self.has_query_latent:
-            q_BTQ = self.q_b_proj(self.q_a_layernorm(q_BTQ))
+            q_BTQ = self.q_b_proj(self.q_a_layernorm.operand(q_BTQ))
         up = self.absorbed or self.absorb(q_BTQ.dtype)
         q_NHd = q_BTQ[0].unflatten(-1, (self.heads, -1))
         return self.paged.queries(q_NHd, up.keys_HCn, rope)
@@ -115,7 +119,7 @@ class MLA(nn.Module):
         keys_HCn = dense_HoC[:, : self.nope].transpose(1, 2).contiguous()
         return Absorbed(keys_HCn, dense_HoC[:, self.nope :])
 
-    def compress(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def compress(self, x_BTD: Operand) -> tuple[Tensor, Tensor]:
         """Down-project to the query latent (or to whole queries, without one) and to latent and
         rotary key side by side; nothing is normed yet.
         """
@@ -125,19 +129,19 @@ class MLA(nn.Module):
     def queries(self, q_BTQ: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Up-project to the heads' queries: ``[B, T, H, nope]``, and rotated ``[B, T, H, R]``."""
         if self.has_query_latent:
-            q_BTQ = self.q_b_proj(self.q_a_layernorm(q_BTQ))
+            q_BTQ = self.q_b_proj(self.q_a_layernorm.operand(q_BTQ))
         q_BTHd = q_BTQ.unflatten(-1, (self.heads, -1))
         q_nope_BTHn, q_rope_BTHR = q_BTHd.split((self.nope, self.rope), dim=-1)
         return q_nope_BTHn, rotate(q_rope_BTHR, rope)
 
-    def latents(self, kv_BTc: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def latents(self, kv_BTc: Tensor, rope: Rope) -> tuple[Operand, Tensor]:
         """Norm the latent ``[B, T, C]`` and rotate the key that all heads share ``[B, T, R]``.
 
         The rotary key goes round the norm (facts 13.5).
         """
         latent_BTC, k_rope_BTR = kv_BTc.split((self.latent, self.rope), dim=-1)
         k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), rope).squeeze(2)
-        return self.kv_a_layernorm(latent_BTC), k_rope_BTR
+        return self.kv_a_layernorm.operand(latent_BTC), k_rope_BTR
 
     def expand(self, q_BTQ: Tensor, kv_BTc: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Compute queries, keys and values of every head, each ``[B, H, T, width]`` (eq. 1-9).
@@ -162,9 +166,10 @@ class MLA(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Do the same by a kernel that takes everything after the up-projections."""
         if self.has_query_latent:
-            q_BTQ = self.q_b_proj(self.q_a_layernorm(q_BTQ))
+            q_BTQ = self.q_b_proj(self.q_a_layernorm.operand(q_BTQ))
         latent_BTC, k_rope_BTR = torch.split(kv_BTc, [self.latent, self.rope], dim=-1)
-        kv_BTHo = self.kv_b_proj(self.kv_a_layernorm(latent_BTC)).unflatten(-1, (self.heads, -1))
+        kv_BTo = self.kv_b_proj(self.kv_a_layernorm.operand(latent_BTC))
+        kv_BTHo = kv_BTo.unflatten(-1, (self.heads, -1))
         q_BTHd = q_BTQ.unflatten(-1, (self.heads, -1))
         q_BTHd, k_BTHd, v_BTHv = self.expand_heads(q_BTHd, kv_BTHo, k_rope_BTR, *rope)
         if self.pads:

@@ -30,7 +30,7 @@ class MTPModule(nn.Module):
         self.enorm = RMSNorm(D, eps, precision, kernels, device)
         self.hnorm = RMSNorm(D, eps, precision, kernels, device)
         self.join = kernels.function("join")
-        self.eh_proj = Linear(2 * D, D, precision, kernels, device)
+        self.eh_proj = Linear(2 * D, D, precision, kernels, device, kind="join")
         self.block = Block(config, precision, kernels, device, dense=False)
         self.norm = RMSNorm(D, eps, precision, kernels, device)
 

@@ -8,16 +8,18 @@ throughout.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-Kind = Literal["linear", "embedding", "head", "router"]
+Kind = Literal["linear", "join", "embedding", "head", "router"]
 
-# "compute" follows precision.compute; "high" is at least FP32 whatever it says.
-PRECISION_TABLE: dict[Kind, Literal["compute", "high"]] = {
-    "linear": "compute",
+# "fp8" is FP8 where precision.compute says so; "compute" follows it otherwise, with BF16 under FP8;
+# "high" is at least FP32 whatever it says.
+PRECISION_TABLE: dict[Kind, Literal["fp8", "compute", "high"]] = {
+    "linear": "fp8",  # projections of attention, every feed-forward layer
+    "join": "compute",  # an MTP module's projection, which published checkpoints hold in BF16
     "embedding": "compute",
     "head": "compute",  # the loss on top of it is at least FP32
     "router": "high",  # and the routing bias, which is stored in FP32 however a file has it
@@ -36,11 +38,14 @@ class Precision:
     """``compute``: dtype of products, activations and the residual stream. ``storage``: weights.
 
     Training stores at least FP32 master weights and casts them where they are used; a model that
-    only answers stores what it computes in.
+    only answers stores what it computes in. With ``fp8`` the products that the table names are in
+    FP8, and ``power_of_two`` makes all of their scales powers of two.
     """
 
     compute: torch.dtype = torch.float32
     storage: torch.dtype = torch.float32
+    fp8: bool = False
+    power_of_two: bool = False
 
     @property
     def high(self) -> torch.dtype:
@@ -48,13 +53,26 @@ class Precision:
         return torch.promote_types(self.compute, torch.float32)
 
     def dtype(self, kind: Kind) -> torch.dtype:
-        """The arithmetic of one kind of module."""
-        return self.compute if PRECISION_TABLE[kind] == "compute" else self.high
+        """The arithmetic of one kind of module; of one in FP8, what comes in and goes out."""
+        return self.high if PRECISION_TABLE[kind] == "high" else self.compute
+
+    def in_fp8(self, kind: Kind) -> bool:
+        """Say whether the products of one kind of module are in FP8."""
+        return self.fp8 and PRECISION_TABLE[kind] == "fp8"
 
     @classmethod
     def for_training(cls, compute: torch.dtype) -> Precision:
         """Master weights of at least FP32 under products in ``compute``."""
         return cls(compute=compute, storage=torch.promote_types(compute, torch.float32))
+
+    @classmethod
+    def for_fp8_training(cls, *, power_of_two: bool = False) -> Precision:
+        """FP32 master weights under products in FP8, and BF16 around them (facts 4.1)."""
+        return cls(torch.bfloat16, torch.float32, fp8=True, power_of_two=power_of_two)
+
+    def for_answers(self) -> Precision:
+        """Return the same for a model that answers: FP8 products are those of training."""
+        return replace(self, fp8=False)
 
     @classmethod
     def for_inference(cls, dtype: torch.dtype) -> Precision:

@@ -31,6 +31,7 @@ from ziphius.parallel.ledger import Ledger, shadow
 # What selective recomputation computes again: these methods of these modules.
 SELECTIVE = (
     (RMSNorm, "forward"),
+    (RMSNorm, "tiled"),
     (MLA, "expand"),
     (RoutedExperts, "activate"),
     (SwiGLU, "activate"),

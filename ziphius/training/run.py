@@ -11,7 +11,14 @@ import torch
 
 from ziphius.config.errors import BadInput
 from ziphius.config.recipe import Recipe
-from ziphius.kernels.select import Kernels, compiled_kernels, has_compiler, widening_pays
+from ziphius.kernels.select import (
+    Kernels,
+    compiled_kernels,
+    has_compiler,
+    has_triton,
+    triton_kernels,
+    widening_pays,
+)
 from ziphius.model.init import initialise
 from ziphius.model.precision import DTYPES, Precision
 from ziphius.model.transformer import Transformer
@@ -42,25 +49,26 @@ class Trained:
 def resolve(recipe: Recipe) -> Recipe:
     """Write down what a recipe leaves to the machine: threads, kernels, and products.
 
-    Raises BadInput for a precision or a device that cannot be had.
+    Raises BadInput for a device that cannot be had.
     """
-    recipe.precision.require_available()
     try:
         torch.empty(0, device=recipe.run.device)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         first_line = str(error).splitlines()[0]
         raise BadInput(f"run.device = '{recipe.run.device}': {first_line}") from None
     run = recipe.run
-    on_processor = torch.device(run.device).type == "cpu"
-    chosen = {
+    device = torch.device(run.device).type
+    on_processor = device == "cpu"
+    chosen: dict[str, Any] = {
         "threads": run.threads or usable_threads(),
         "kernels": run.kernels,
         "products": run.products,
     }
     if run.kernels == "auto":
-        chosen["kernels"] = "compiled" if on_processor and has_compiler() else "torch"
+        compiled = "compiled" if on_processor and has_compiler() else "torch"
+        chosen["kernels"] = "triton" if device == "cuda" and has_triton() else compiled
     if run.products == "auto":
-        in_bf16 = on_processor and recipe.precision.compute == "bfloat16"
+        in_bf16 = on_processor and recipe.precision.compute in ("bfloat16", "fp8")
         chosen["products"] = "widened" if in_bf16 and widening_pays() else "native"
     return recipe.model_copy(update={"run": run.model_copy(update=chosen)})
 
@@ -73,14 +81,23 @@ def kernels_of(recipe: Recipe) -> Kernels:
     run = recipe.run
     if run.kernels == "compiled":
         return compiled_kernels(Path(run.cache).expanduser(), run.products)
+    if run.kernels == "triton":
+        return triton_kernels()
     return Kernels(linear=run.products)
+
+
+def precision_of(recipe: Recipe) -> Precision:
+    """Return the arithmetic of a recipe."""
+    precision = recipe.precision
+    if precision.compute == "fp8":
+        return Precision.for_fp8_training(power_of_two=precision.scales == "ue8m0")
+    return Precision.for_training(DTYPES[precision.compute])
 
 
 def build_model(recipe: Recipe) -> Transformer:
     """Lay out and initialise the recipe's network with master weights for training."""
-    precision = Precision.for_training(DTYPES[recipe.precision.compute])
     model = Transformer(
-        recipe.model, precision, kernels=kernels_of(recipe), device=recipe.run.device
+        recipe.model, precision_of(recipe), kernels=kernels_of(recipe), device=recipe.run.device
     )
     initialise(model, recipe.run.seed)
     apply_recompute(model, recipe.parallel.recompute)
@@ -122,8 +139,11 @@ def pretrain(
 
 
 def _products_dtype(recipe: Recipe) -> str:
-    """Name the dtype in which the run's products are made."""
-    return "float32" if recipe.run.products == "widened" else recipe.precision.compute
+    """Name the dtype that MFU is measured by: of the products, or BF16 beside those in FP8."""
+    compute = recipe.precision.compute
+    if recipe.run.products == "widened":
+        return "float32"
+    return "bfloat16" if compute == "fp8" else compute
 
 
 def _peak(recipe: Recipe) -> float:

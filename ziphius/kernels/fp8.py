@@ -1,0 +1,300 @@
+"""Linear layers in FP8: the three products, and what is kept between them (facts 4.1, 4.6).
+
+Forward multiplies tiles of the input by blocks of the weight. Backward quantises the gradient of
+the output once in tiles, for the gradient of the input, and once turned, for the gradient of the
+weight, which also needs the kept input turned. What is kept is FP8; nothing is kept in BF16 beside
+it. Weights are quantised once a version by the layer that owns them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ziphius.kernels.kept import KeptOutput
+from ziphius.kernels.quantize import Fp8, Quantize
+from ziphius.kernels.swiglu_fp8 import SwigluFp8
+
+
+class Tiled(NamedTuple):
+    """An activation as FP8 products take it, and the tensor by which autograd knows it.
+
+    ``codes`` and ``scales`` are those of ``Fp8`` in tiles, ``[..., C]`` and ``[..., C / 128]``.
+    ``value`` is ``[..., C]``; where nobody reads its numbers it has none (see ``unread``).
+    """
+
+    value: Tensor
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def rows(self) -> Fp8:
+        """The tiles as a matrix."""
+        return Fp8(self.codes.flatten(0, -2), self.scales.flatten(0, -2))
+
+
+Operand = Tensor | Tiled
+
+
+class Fp8Weight(NamedTuple):
+    """A weight as products meet it: forward ``[.., O, I]``, and transposed for backward."""
+
+    blocks: Fp8
+    transposed: Fp8
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The chosen versions of what FP8 layers are made of, and the kind of their scales.
+
+    ``power_of_two`` makes every scale a power of two (UE8M0, as V3.1); without it only those are
+    which the report wants so: rows that are dispatched, in both directions, and what is kept for
+    the output projection.
+    """
+
+    quantize: Quantize
+    gemm: Callable[[Fp8, Fp8, torch.dtype], Tensor]
+    grouped: Callable[[Fp8, Fp8, Tensor, torch.dtype], Tensor]
+    along_k: Callable[[Fp8, Fp8, Tensor, torch.dtype], Tensor]
+    swiglu: SwigluFp8
+    power_of_two: bool = False
+
+    def operand(self, x: Operand, *, power_of_two: bool = False) -> Tiled:
+        """Bring an activation to the form of products, if it is not in it."""
+        if isinstance(x, Tiled):
+            return x
+        tiles = self.quantize.tiles(x.detach(), power_of_two=power_of_two or self.power_of_two)
+        return Tiled(x, tiles.codes, tiles.scales)
+
+    @torch.no_grad()
+    def weight(self, weight: Tensor) -> Fp8Weight:
+        """Quantise a weight ``[O, I]`` or a stack of them."""
+        return Fp8Weight(*self.quantize.blocks(weight, power_of_two=self.power_of_two))
+
+    def linear(
+        self, x: Tiled, weight_OI: Tensor, form: Fp8Weight, kept: KeptOutput | None = None
+    ) -> Tensor:
+        """Compute ``x W^T`` in the dtype of ``x``; its weight's gradient is FP32.
+
+        With ``kept`` backward reads that, and not the tiles of ``x``.
+        """
+        saved = (x.codes, x.scales) if kept is None else kept.tensors
+        out: Tensor = _Linear.apply(self, x.value, x.rows, weight_OI, form, kept, saved)
+        return out
+
+    def grouped_linear(
+        self, x: Tiled, weight_EOI: Tensor, form: Fp8Weight, counts_E: Tensor
+    ) -> Tensor:
+        """Multiply segments of rows by their experts' matrices: ``[M, O]``."""
+        out: Tensor = _Grouped.apply(self, x.value, x.codes, x.scales, weight_EOI, form, counts_E)
+        return out
+
+    def gated_linear(
+        self,
+        gate: Tensor,
+        up: Tensor | None,
+        gates_M: Tensor | None,
+        weight: Tensor,
+        form: Fp8Weight,
+        counts_E: Tensor | None = None,
+    ) -> Tensor:
+        """Apply SwiGLU, the routing weights and the down projection; keep only FP8 inputs.
+
+        ``gate`` and ``up`` are ``[..., F]``, or ``gate`` holds both side by side. With ``counts``
+        the weight is a stack, one matrix a segment of rows.
+        """
+        out: Tensor = _Gated.apply(self, gate, up, gates_M, weight, form, counts_E)
+        return out
+
+    def product(self, a: Fp8, b: Fp8, counts_E: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Multiply rows by one matrix, or by each segment's own."""
+        return self.gemm(a, b, dtype) if counts_E is None else self.grouped(a, b, counts_E, dtype)
+
+    def weight_gradient(
+        self, dout: Fp8, x: Fp8, counts_E: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Sum turned matrices over their rows, all or a segment at a time."""
+        if counts_E is None:
+            return self.gemm(dout, x, dtype)
+        return self.along_k(dout, x, counts_E, dtype)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        how: Arithmetic,
+        value: Tensor,
+        rows: Fp8,
+        weight_OI: Tensor,
+        form: Fp8Weight,
+        kept: KeptOutput | None,
+        saved: tuple[Tensor, ...],
+    ) -> Tensor:
+        ctx.how, ctx.form, ctx.kept = how, form, kept
+        ctx.shape, ctx.weight_dtype = value.shape, weight_OI.dtype
+        ctx.save_for_backward(*saved)
+        return how.gemm(rows, form.blocks, value.dtype).view(*value.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        how: Arithmetic = ctx.how
+        dout_NO = grads[0].flatten(0, -2)
+        dout, turned = how.quantize.both(dout_NO, power_of_two=how.power_of_two)
+        dx = dweight = None
+        if ctx.needs_input_grad[1]:
+            dx = how.gemm(dout, ctx.form.transposed, dout_NO.dtype).view(ctx.shape)
+        if ctx.needs_input_grad[3]:
+            dweight = how.gemm(turned, _turned_input(ctx), ctx.weight_dtype)
+        return None, dx, None, dweight, None, None, None
+
+
+def _turned_input(ctx: Any) -> Fp8:
+    """Turn the kept input. In E5M6 its scales are powers of two, and then so are the new ones."""
+    how: Arithmetic = ctx.how
+    if ctx.kept is not None:
+        rows = ctx.kept.rows(ctx.saved_tensors, ctx.shape[-1], torch.float32)
+        return how.quantize.turn(rows.flatten(0, -2), power_of_two=True)
+    codes, scales = ctx.saved_tensors
+    kept = Fp8(codes.flatten(0, -2), scales.flatten(0, -2))
+    return how.quantize.regroup(kept, power_of_two=how.power_of_two)
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        how: Arithmetic,
+        value_MI: Tensor,
+        codes_MI: Tensor,
+        scales_MG: Tensor,
+        weight_EOI: Tensor,
+        form: Fp8Weight,
+        counts_E: Tensor,
+    ) -> Tensor:
+        ctx.how, ctx.form, ctx.weight_dtype = how, form, weight_EOI.dtype
+        ctx.save_for_backward(codes_MI, scales_MG, counts_E)
+        return how.grouped(Fp8(codes_MI, scales_MG), form.blocks, counts_E, value_MI.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        how: Arithmetic = ctx.how
+        codes_MI, scales_MG, counts_E = ctx.saved_tensors
+        dout, turned = how.quantize.both(grads[0], counts_E, power_of_two=how.power_of_two)
+        dx_MI = dweight_EOI = None
+        if ctx.needs_input_grad[1]:
+            dx_MI = how.grouped(dout, ctx.form.transposed, counts_E, grads[0].dtype)
+        if ctx.needs_input_grad[4]:
+            # The rows were dispatched: their scales are powers of two, and so are the new ones.
+            x = how.quantize.regroup(Fp8(codes_MI, scales_MG), counts_E, power_of_two=True)
+            dweight_EOI = how.along_k(turned, x, counts_E, ctx.weight_dtype)
+        return None, dx_MI, None, None, dweight_EOI, None, None
+
+
+class _Gated(torch.autograd.Function):
+    """SwiGLU and the projection behind it: its output is computed again in backward (facts 5.7)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        how: Arithmetic,
+        gate: Tensor,
+        up: Tensor | None,
+        gates_M: Tensor | None,
+        weight: Tensor,
+        form: Fp8Weight,
+        counts_E: Tensor | None,
+    ) -> Tensor:
+        gate_MF, up_MF = halves(gate, up)
+        hidden, kept_gate, kept_up = how.swiglu.forward(
+            gate_MF, up_MF, gates_M, power_of_two=how.power_of_two
+        )
+        ctx.how, ctx.form, ctx.weight_dtype = how, form, weight.dtype
+        ctx.shape, ctx.joined, ctx.dtype = gate.shape, up is None, gate.dtype
+        kept = (kept_gate.codes, kept_gate.scales, kept_up.codes, kept_up.scales)
+        ctx.save_for_backward(*kept, gates_M, counts_E)
+        out = how.product(hidden, form.blocks, counts_E, gate.dtype)
+        return out.view(*gate.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        how: Arithmetic = ctx.how
+        *kept, gates_M, counts_E = ctx.saved_tensors
+        gate, up = Fp8(*kept[:2]), Fp8(*kept[2:])
+        dout_MO = grads[0].flatten(0, -2)
+        # What comes back from combine is dispatched in FP8 by powers of two (facts 4.1).
+        whole = how.power_of_two or counts_E is not None
+        dout, turned = how.quantize.both(dout_MO, counts_E, power_of_two=whole)
+        dhidden_MF = how.product(dout, ctx.form.transposed, counts_E, ctx.dtype)
+        dgate = torch.empty(ctx.shape, dtype=ctx.dtype, device=dout_MO.device)
+        dup = None if ctx.joined else torch.empty_like(dgate)
+        dgates_M = how.swiglu.backward(gate, up, gates_M, dhidden_MF, *halves(dgate, dup))
+        dweight = None
+        if ctx.needs_input_grad[4]:
+            hidden = how.swiglu.turned(gate, up, gates_M, counts_E, power_of_two=how.power_of_two)
+            dweight = how.weight_gradient(turned, hidden, counts_E, ctx.weight_dtype)
+        if dgates_M is not None:
+            dgates_M = dgates_M.to(gates_M.dtype)
+        return None, dgate, dup, dgates_M, dweight, None, None
+
+
+class _PermuteTiled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value_ND: Tensor,
+        codes_ND: Tensor,
+        scales_NG: Tensor,
+        order_M: Tensor,
+        inverse_M: Tensor,
+        K: int,
+        permute: Callable[[Fp8, Tensor, int], Fp8],
+        unpermute: Callable[..., Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(order_M, inverse_M)
+        ctx.K, ctx.unpermute = K, unpermute
+        moved = permute(Fp8(codes_ND, scales_NG), order_M, K)
+        ctx.mark_non_differentiable(moved.codes, moved.scales)
+        return unread(value_ND, len(order_M), value_ND.shape[1]), moved.codes, moved.scales
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        order_M, inverse_M = ctx.saved_tensors
+        du_ND = ctx.unpermute(grads[0].contiguous(), order_M, inverse_M, ctx.K)
+        return du_ND, *(None,) * 7
+
+
+def permute_tiled(
+    u_ND: Tiled,
+    order_M: Tensor,
+    inverse_M: Tensor,
+    K: int,
+    permute: Callable[[Fp8, Tensor, int], Fp8],
+    unpermute: Callable[..., Tensor],
+) -> Tiled:
+    """Copy every token's tiles to its ``K`` places; its backward sums gradients in BF16.
+
+    ``permute`` and ``unpermute`` are versions of those in ``kernels/permute.py``.
+    """
+    where = (order_M, inverse_M, K)
+    return Tiled(*_PermuteTiled.apply(*u_ND, *where, permute, unpermute))
+
+
+def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return gate and up as matrices ``[M, F]``: views of one, where it holds both."""
+    gate_MF, up_MF = gate.chunk(2, dim=-1) if up is None else (gate, up)
+    return gate_MF.flatten(0, -2), up_MF.flatten(0, -2)
+
+
+def unread(like: Tensor, *shape: int) -> Tensor:
+    """Return a tensor for autograd that nobody reads: one NaN in memory, whatever its shape."""
+    return like.new_full((1,), float("nan")).expand(*shape)
