@@ -193,8 +193,7 @@ class WeightReader:
         if isinstance(stored, QuantizedWeight):
             return stored.dequantize(dtype)
         if isinstance(stored, Fp8Weight):
-            assert isinstance(self.form, tuple), "stored() has checked it"
-            return dequantize_blocks(*stored, dtype, self.form, name=name)
+            return dequantize_blocks(*stored, dtype, name=name)
         return stored
 
     def stored(self, name: str) -> Tensor | Fp8Weight | QuantizedWeight:
