@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from ziphius.checkpoint.compressed import (
     packed_shapes,
     packed_tensors,
 )
+from ziphius.checkpoint.config_json import raw_config, stored_dtype, stored_form
 from ziphius.checkpoint.fp8 import (
     BLOCK,
     SCALE_SUFFIX,
@@ -274,6 +276,17 @@ def form_of(
         return Plain(PLAIN[to])
     scales = scales or source_scales or FLOAT32
     return Fp8(scales, copied=scales == FLOAT32 or source_scales == UE8M0)
+
+
+def stored_name(folder: Path) -> str:
+    """Return the form of a checkpoint by its config: one of ``NAMES``, or a dtype's name."""
+    raw = raw_config(folder)
+    form, dtype = stored_form(raw), stored_dtype(raw)
+    if isinstance(form, Packed):
+        return {bits: name for name, bits in INTEGERS.items()}[form.bits]
+    if form is not None:
+        return FP8
+    return {kind: name for name, kind in PLAIN.items()}.get(dtype, str(dtype))
 
 
 def ragged_blocks(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -126,9 +126,7 @@ class PieceWriter:
         if rows.dtype != kind.dtype or tuple(rows.shape[1:]) != kind.shape[1:]:
             raise ValueError(f"{name}: {rows.dtype} {list(rows.shape)} is no part of {kind}")
         data = rows.detach().cpu().contiguous().flatten().view(torch.uint8)
-        self._write(
-            self._base + self._starts[name] + start * kind.row_bytes, data.numpy().data
-        )
+        self._write(self._base + self._starts[name] + start * kind.row_bytes, data.numpy().data)
         self._missing -= data.numel()
 
     def close(self) -> None:
