@@ -10,6 +10,9 @@ from torch import Tensor
 from ziphius.kernels.quantize import Fp8
 
 ON_GPU = torch.cuda.is_available()
+# For tests of hypothesis, which take no fixtures.
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+STORAGE = torch.bfloat16 if ON_GPU else torch.float32
 T = TypeVar("T", Tensor, None)
 
 
