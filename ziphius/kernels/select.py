@@ -87,7 +87,7 @@ ON_GPUS: Mapping[str, tuple[str, str]] = {
     "swiglu_fp8": ("swiglu_fp8", "TritonSwigluFp8"),
     "e5m6": ("e5m6", "TritonE5M6"),
     "permute_tiles": ("permute", "permute_tiles_triton"),
-    "norm_tiles": ("norm", "norm_operand_triton"),
+    "norm_tiles": ("norm_operand", "norm_operand_triton"),
     "route": ("route", "route_triton"),
     "sort": ("permute", "sort_by_slot_triton"),
 }
