@@ -29,8 +29,9 @@ from support import report
 from support.gpu import show
 from support.gpu.circumstances import circumstances
 from support.gpu.entry import Place
+from support.gpu.process import Gone
 from support.gpu.registry import SECTIONS, entries
-from support.gpu.worker import Gone, Setting, Worker, serve
+from support.gpu.worker import Setting, Worker, serve
 
 START_SECONDS, ENTRY_SECONDS = 120, 60
 

@@ -1,4 +1,4 @@
-"""The run of ``benchmarks/kernels.py`` around its entries: processes, budgets, tables, the result."""
+"""``benchmarks/kernels.py`` around its entries: processes, budgets, tables, the result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from support.gpu import show
 from support.gpu.clock import HostClock, count_bytes
 from support.gpu.entry import COPY, OURS, Entry, Place, Version
 from support.gpu.peaks import Peaks
-from support.gpu.worker import Gone, Setting, Worker
+from support.gpu.process import Gone
+from support.gpu.worker import Setting, Worker
 
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "kernels.py"
 CPU = Place(torch.device("cpu"), torch.float32)
