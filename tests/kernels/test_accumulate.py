@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ziphius.config.errors import BadInput
-from ziphius.kernels.accumulate import accumulate, add_aligned
+from ziphius.kernels.accumulate import accumulate, add_aligned, gemm_hopper
+from ziphius.kernels.gemm import gemm_reference
+from ziphius.kernels.quantize import quantize_blocks, quantize_tiles
 
 E4M3 = torch.float8_e4m3fn
 # All magnitudes of E4M3, from the definition.
@@ -125,6 +127,24 @@ def test_not_a_number_is_seen() -> None:
     assert found[1, 0].isnan()
 
 
+def test_promoted_products_apply_the_scales_of_groups() -> None:
+    """Each group of 128 is cut by itself, whatever the others' sizes."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randint(-3, 4, (9, 300), generator=generator).float() for _ in range(2))
+    # Groups of very different sizes.
+    x, w = x * torch.tensor([1.0, 2.0**9, 2.0**-5]).repeat_interleave(100), w * 0.25
+    a, b = quantize_tiles(x, power_of_two=True), quantize_blocks(w, power_of_two=True)
+    parts = [
+        accumulate(a.codes[:, part], b.codes[:, part]) * a.scales[:, [i]] * b.scales[0, i]
+        for i, part in enumerate((slice(0, 128), slice(128, 256), slice(256, 300)))
+    ]
+    found = gemm_hopper(a, b, torch.float32)
+    assert torch.equal(found, parts[0] + parts[1] + parts[2])
+    size = x.abs() @ w.abs().T
+    assert ((found - gemm_reference(a, b, torch.float32)).abs() <= 2.0**-10 * size).all()
+    assert torch.equal(gemm_hopper(a, b, torch.bfloat16), found.bfloat16())
+
+
 def matrices(kind: str, K: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     draw = torch.randn if kind == "normal" else torch.rand
@@ -181,7 +201,7 @@ def test_34_bits_are_enough_for_every_32_products_and_33_are_not() -> None:
 
 def test_32_products_that_33_bits_get_wrong() -> None:
     largest, small = 448.0**2, (15 * 2.0**-9) ** 2
-    terms = torch.tensor([[largest] + [small] * 31])
+    terms = torch.tensor([largest] + [small] * 31)
     exact, unit = largest + 31 * small, 2.0 ** (17 - FP32_FRACTION)
     off = {bits: exact - float(add_aligned(terms, bits - 5, torch.float64)) for bits in (33, 34)}
     assert off[33] > 1.7 * unit
@@ -191,7 +211,7 @@ def test_32_products_that_33_bits_get_wrong() -> None:
 @given(st.lists(st.sampled_from(PRODUCTS), min_size=32, max_size=32), st.integers(0, 2**32 - 1))
 def test_34_bits_keep_sums_of_any_signs_within_a_unit(sizes: list[int], signs: int) -> None:
     signed = [-size if signs >> i & 1 else size for i, size in enumerate(sizes)]
-    terms = torch.tensor([signed], dtype=torch.float64).float() * 2.0**-18
+    terms = torch.tensor(signed, dtype=torch.float64).float() * 2.0**-18
     found = Fraction(float(add_aligned(terms, 34 - 5, torch.float64))) * 2**18
     unit = Fraction(2) ** (max(sizes).bit_length() - 1 - FP32_FRACTION)
     assert abs(found - sum(signed)) < unit

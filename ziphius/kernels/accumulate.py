@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ziphius.config.errors import BadInput
+from ziphius.kernels.quantize import TILE, Fp8
 
 INSTRUCTION = 32
 HOPPER_BITS = 14
@@ -50,30 +51,42 @@ def accumulate(
         raise BadInput(f"promotion every {interval} of K: a multiple of {INSTRUCTION} is needed")
     (M, K), N = a_MK.shape, len(b_NK)
     working = torch.float32 if kept <= _FP32_BITS else torch.float64
-    a, b = a_MK.to(torch.float32), b_NK.to(torch.float32)
-    total_MN = torch.zeros(M, N, dtype=torch.float32, device=a.device)
+    a_KM, b_KN = (x.to(torch.float32).T.contiguous() for x in (a_MK, b_NK))
+    total_MN = torch.zeros(M, N, dtype=torch.float32, device=a_MK.device)
     partial_MN = torch.zeros_like(total_MN)
-    terms = torch.empty(M, N, INSTRUCTION + 1, dtype=torch.float32, device=a.device)
+    # Terms come first: reductions over a short last dimension are slow.
+    terms = torch.empty(INSTRUCTION + 1, M, N, dtype=torch.float32, device=a_MK.device)
     for start in range(0, K, INSTRUCTION):
         if interval is not None and start and start % interval == 0:
             total_MN += partial_MN
             partial_MN.zero_()
-        columns = slice(start, start + INSTRUCTION)
-        width = a[:, columns].shape[1]
-        used = terms[..., : width + 1]
-        torch.mul(a[:, None, columns], b[None, :, columns], out=used[..., :width])
-        used[..., width] = partial_MN
-        partial_MN.copy_(_cut(add_aligned(used, kept, working), register))
+        width = min(INSTRUCTION, K - start)
+        rows = slice(start, start + width)
+        torch.mul(a_KM[rows, :, None], b_KN[rows, None, :], out=terms[:width])
+        terms[width] = partial_MN
+        partial_MN.copy_(_cut(add_aligned(terms[: width + 1], kept, working), register))
     return total_MN.add_(partial_MN)
 
 
+def gemm_hopper(a: Fp8, b: Fp8, dtype: torch.dtype) -> Tensor:
+    """Multiply as ``gemm.gemm_reference`` does, but add up the 128 of a group as Hopper does."""
+    N, K = b.codes.shape
+    scales_NG = b.scales.repeat_interleave(b.rows, 0)[:N]
+    total_MN = torch.zeros(len(a.codes), N, dtype=torch.float32, device=a.codes.device)
+    for group, start in enumerate(range(0, K, TILE)):
+        columns = slice(start, start + TILE)
+        partial_MN = accumulate(a.codes[:, columns], b.codes[:, columns])
+        total_MN += partial_MN * (a.scales[:, group, None] * scales_NG[:, group])
+    return total_MN.to(dtype)
+
+
 def add_aligned(terms: Tensor, kept: int, working: torch.dtype) -> Tensor:
-    """Cut the terms ``[..., T]`` at the last of ``kept`` places below the largest; add exactly."""
-    largest = terms.abs().amax(-1, keepdim=True)
+    """Cut terms ``[T, ...]`` at the last of ``kept`` places from the largest down; add exactly."""
+    largest = terms.abs().amax(0)
     # The power of two at or below the largest; zeros keep a place that exists.
     leading = (largest.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**-60)
     place = (leading * 2.0 ** (1 - kept)).to(working)
-    return (terms.to(working) / place).trunc_().sum(-1) * place.squeeze(-1)
+    return (terms.to(working) / place).trunc_().sum(0) * place
 
 
 def _cut(x: Tensor, bits: int) -> Tensor:

@@ -40,13 +40,13 @@ def bounds_of_loops() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where kernels run."""
+    """Where kernels run; one for a session, as hypothesis wants of what examples share."""
     return torch.device("cuda" if ON_GPU else "cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def storage() -> torch.dtype:
     """How activations are stored."""
     return torch.bfloat16 if ON_GPU else torch.float32

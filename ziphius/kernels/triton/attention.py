@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ziphius.kernels.kept import KeptOutput
 from ziphius.kernels.triton.attention_backward import delta_kernel, dkdv_kernel, dq_kernel
 from ziphius.kernels.triton.attention_blocks import load_rows, masked_scores, reach_kernel, scores
 
@@ -53,6 +54,7 @@ def causal_attention_triton(
     v_BHTv: Tensor,
     scale: float,
     documents_BT: Tensor | None = None,
+    kept: KeptOutput | None = None,
     *,
     tiles: Tiles | None = None,
 ) -> Tensor:
@@ -62,7 +64,7 @@ def causal_attention_triton(
     which pays where the documents of a row stand one after the other. Every head's columns lie
     side by side (else a copy is made); results have the memory ``[B, T, H, v]``.
     """
-    return _Attention.apply(q_BHTd, k_BHTd, v_BHTv, scale, documents_BT, tiles)
+    return _Attention.apply(q_BHTd, k_BHTd, v_BHTv, scale, documents_BT, kept, tiles)
 
 
 @triton.jit
@@ -169,7 +171,7 @@ def _meet(
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps its inputs, its output and one number a query."""
+    """Keeps its inputs, its output or what ``kept`` makes of it, and one number a query."""
 
     @staticmethod
     def forward(
@@ -179,6 +181,7 @@ class _Attention(torch.autograd.Function):
         v_BHTv: Tensor,
         scale: float,
         documents_BT: Tensor | None,
+        kept: KeptOutput | None,
         tiles: Tiles | None,
     ) -> Tensor:
         q_BHTd, k_BHTd, v_BHTv = (_rows(x) for x in (q_BHTd, k_BHTd, v_BHTv))
@@ -200,14 +203,16 @@ class _Attention(torch.autograd.Function):
                 num_warps=launch.warps,
                 num_stages=launch.stages,
             )
-        ctx.save_for_backward(*inputs, out_BHTv, lse_BHT, documents_BT, *reach)
-        ctx.scale, ctx.tiles = scale, tiles
+        saved = (out_BHTv,) if kept is None else kept.keep(out_BHTv)
+        ctx.save_for_backward(*inputs, lse_BHT, documents_BT, *reach, *saved)
+        ctx.scale, ctx.tiles, ctx.kept = scale, tiles, kept
         return out_BHTv
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHTd, k_BHTd, v_BHTv, out_BHTv, lse_BHT, documents_BT, first, last = ctx.saved_tensors
+        q_BHTd, k_BHTd, v_BHTv, lse_BHT, documents_BT, first, last, *saved = ctx.saved_tensors
+        out_BHTv = saved[0] if ctx.kept is None else ctx.kept.restore(tuple(saved), v_BHTv)
         B, H, T, _ = q_BHTd.shape
         dout_BHTv, inputs = _rows(grads[0]), (q_BHTd, k_BHTd, v_BHTv)
         dq_BHTd, dk_BHTd, dv_BHTv = (_like(x) for x in inputs)
@@ -231,7 +236,7 @@ class _Attention(torch.autograd.Function):
                     num_warps=launch.warps,
                     num_stages=launch.stages,
                 )
-        return dq_BHTd, dk_BHTd, dv_BHTv, None, None, None
+        return dq_BHTd, dk_BHTd, dv_BHTv, None, None, None, None
 
 
 def choose_tiles(dtype: torch.dtype) -> Tiles:

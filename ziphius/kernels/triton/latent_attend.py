@@ -67,7 +67,9 @@ def attend_kernel(
     part = tl.program_id(1).to(tl.int64) * N * H
     out_ptr += (part + place)[:, None] * C + columns[None, :]
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), own[:, None] & (columns < C)[None, :])
-    lse = tl.where(total == 0.0, float("-inf"), largest + tl.log2(tl.where(total > 0.0, total, 1.0)))
+    lse = tl.where(
+        total == 0.0, float("-inf"), largest + tl.log2(tl.where(total > 0.0, total, 1.0))
+    )
     tl.store(lse_ptr + part + place, lse, own)
 
 
