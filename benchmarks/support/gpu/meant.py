@@ -14,6 +14,8 @@ STEP: Mapping[str, Sequence[str]] = {
     "sort": ("_count_kernel", "_scan_kernel", "_place_kernel"),
     "dispatch": ("_permute_tiles_kernel",),
     "combine": ("_unpermute_kernel",),
+    "norm": ("_forward_kernel", "_backward_kernel", "_sum_kernel"),
+    "kept output": ("_encode_kernel", "_decode_kernel"),
     "loss": ("cross_entropy_kernel",),
 }
 # Of an answer: decoding over the paged cache.
@@ -23,6 +25,5 @@ ANSWER: Mapping[str, Sequence[str]] = {
 # What neither has, and why.
 SELDOM: Mapping[str, str] = {
     "reach_kernel": "rows of several documents with pretrain's document mask",
-    "_sum_kernel": "products of few rows, whose sums several programs share",
     "_permute_kernel": "dispatch in BF16, and the gradient of combining",
 }
