@@ -35,6 +35,7 @@ def main() -> None:
     figures = {
         "outputs": outputs,
         "accumulation": numerics.accumulation([2**power for power in range(7, 14)], outputs),
+        "claim": numerics.claim(4 * outputs),
         "intervals": numerics.intervals([2**power for power in range(5, 13)], outputs),
         "layer": numerics.layer(outputs),
         "gradients": numerics.gradients(decades, options.tokens, outputs, at=30000.0),
@@ -42,9 +43,10 @@ def main() -> None:
         "formats": numerics.formats(),
     }
     show(figures)
+    # First: a picture in the repository would make its commit another one.
+    report("fp8_numerics", figures, record=options.record)
     if options.plot is not None:
         draw(figures, options.plot)
-    report("fp8_numerics", figures, record=options.record)
 
 
 def show(figures: Figures) -> None:
@@ -57,6 +59,10 @@ def show(figures: Figures) -> None:
         for how in ("unpromoted", "promoted"):
             table.add_row(kind, how, *percent(rows[how]))
     console.print(table)
+    claim = figures["claim"]
+    largest = percent([claim["unpromoted_max"], claim["promoted_max"]])
+    shown = f"of {claim['outputs']} x {claim['outputs']} outputs at K = 4096, normal numbers"
+    console.print(f"{shown}: {largest[0]} unpromoted, {largest[1]} promoted\n")
     for kind, rows in figures["layer"].items():
         table = Table("groups and sum", "whole: rms", "largest", "sum alone: rms", "largest")
         table.title = f"a layer with K = 4096, {kind} activations"

@@ -73,6 +73,17 @@ def accumulation(ks: list[int], outputs: int) -> Figures:
     return found
 
 
+def claim(outputs: int) -> Figures:
+    """The report's example, normal numbers at K = 4096: the largest of more outputs is larger."""
+    a, b = _codes("normal", outputs, K_OF_THE_LAYER)
+    exact = a.double() @ b.double().T
+    rows = {"unpromoted": accumulate(a, b), "promoted": accumulate(a, b, TILE)}
+    found: Figures = {"outputs": outputs}
+    for name, product in rows.items():
+        found[f"{name}_rms"], found[f"{name}_max"] = errors(product, exact)
+    return found
+
+
 def intervals(every: list[int], outputs: int) -> Figures:
     """Error of the sum alone at K = 4096, by the interval of promotion."""
     found: Figures = {"interval": every}

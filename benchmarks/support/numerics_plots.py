@@ -58,8 +58,8 @@ def accumulation(figures: Figures) -> Figure:
     _write(by_k, (last, rows["promoted"][-1]), "promoted every 128", BLUE, above=9)
     by_interval.axvline(128, color=BLUE, linewidth=1)
     by_interval.text(138, 3e-5, "the report's 128", color=BLUE, fontsize=8)
-    _title(by_k, "by K")
-    _title(by_interval, "by the interval of promotion, K = 4096")
+    _title(by_k, "14-bit sums, by K")
+    _title(by_interval, "14-bit sums, by the interval of promotion, K = 4096")
     for axis, ticks in ((by_k, figures["accumulation"]["normal"]["K"]), (by_interval, None)):
         _powers_of_two(axis, ticks or figures["intervals"]["interval"])
         axis.set_ylim(2e-5, 0.3)
