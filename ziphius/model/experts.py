@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
 from ziphius.kernels.fp8 import Arithmetic
+from ziphius.kernels.grouped import COUNT_ON_DEVICE
 from ziphius.kernels.mixture import Expert
 from ziphius.kernels.select import Kernels
 from ziphius.model.derived import Derived
@@ -121,6 +122,7 @@ class RoutedExperts(nn.Module):
         super().__init__()
         self.dtype = kernels.product_dtype(precision.dtype("linear"))
         self.grouped = kernels.function("grouped")
+        self.counts_on_device = kernels.grouped in COUNT_ON_DEVICE
         self.swiglu = kernels.function("swiglu")
         self.fp8 = kernels.fp8(precision.power_of_two) if precision.in_fp8("linear") else None
         self.derived = Derived()
@@ -130,9 +132,10 @@ class RoutedExperts(nn.Module):
         """Compute the experts' rows ``[M, D]`` in the order they were sent."""
         if self.fp8 is not None:
             return self._in_fp8(self.fp8, sent)
-        gate_up_MG = self.grouped(sent.rows_MD, self.store.gate_up(), sent.counts)
+        counts = sent.sort.counts_E if self.counts_on_device else sent.counts
+        gate_up_MG = self.grouped(sent.rows_MD, self.store.gate_up(), counts)
         hidden_MF = self.activate(gate_up_MG, sent.gates_M)
-        out_MD: Tensor = self.grouped(hidden_MF, self.store.down(), sent.counts)
+        out_MD: Tensor = self.grouped(hidden_MF, self.store.down(), counts)
         return out_MD
 
     def _in_fp8(self, fp8: Arithmetic, sent: Sent) -> Tensor:
