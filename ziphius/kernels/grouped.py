@@ -183,11 +183,11 @@ class _Mm(torch.autograd.Function):
 def grouped_linear_mm(x_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """Do the same by torch's grouped product, all segments in one call, for GPUs.
 
-    ``counts`` stay on the device, so nothing waits for it. What that product refuses, float64 and
-    rows whose bytes are no multiple of 16, goes the way of the loop, which waits.
+    ``counts`` stay on the device, so nothing waits for it. What that product refuses, float64, no
+    rows, and rows whose bytes are no multiple of 16, goes the way of the loop, which waits.
     """
     ragged = any(width * x_MI.element_size() % _ALIGNED for width in weight_EOI.shape[1:])
-    if ragged or x_MI.dtype == torch.float64:
+    if ragged or x_MI.dtype == torch.float64 or not len(x_MI):
         return grouped_linear_loop(x_MI, weight_EOI, counts_E.tolist())
     ends_E = counts_E.cumsum(0).to(torch.int32)
     return _Mm.apply(x_MI.contiguous(), weight_EOI.to(x_MI.dtype), ends_E)
