@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -159,6 +159,8 @@ def test_a_power_of_two_moves_the_scale_alone(
 
 
 @given(st.integers(1, 2**23 - 1))
+@example(0x7E0000)
+@example(0x7E0001)
 def test_the_largest_number_is_in_the_upper_half_of_the_codes(fraction: int) -> None:
     x = torch.tensor([[1 + fraction * 2.0**-23]])
     q = encode(x)

@@ -23,8 +23,8 @@ from ziphius.checkpoint.huggingface import (
     check_vocabulary,
 )
 from ziphius.checkpoint.shards import ShardReader
-from ziphius.kernels.mixture import Expert, Experts
 from ziphius.kernels.integers import QuantizedWeight, group_width, groups
+from ziphius.kernels.mixture import Expert, Experts
 from ziphius.kernels.select import Kernels
 from ziphius.kernels.stored import Codes, Weight
 from ziphius.model.experts import ExpertStore

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ziphius.kernels.kept import KeptOutput
-from ziphius.kernels.quantize import Fp8
+from ziphius.kernels.quantize import Fp8, Quantize
+from ziphius.kernels.swiglu_fp8 import SwigluFp8
 
 
 class Tiled(NamedTuple):
@@ -47,70 +48,6 @@ class Fp8Weight(NamedTuple):
     transposed: Fp8
 
 
-class Quantizer(Protocol):
-    """A version of ``kernels/quantize.py``."""
-
-    def tiles(self, x: Tensor, *, power_of_two: bool = False) -> Fp8:
-        """Quantise ``[..., C]`` in tiles of one row."""
-        ...
-
-    def turn(
-        self, x_MC: Tensor, counts_E: Tensor | None = None, *, power_of_two: bool = False
-    ) -> Fp8:
-        """Transpose, and quantise along the rows of every segment."""
-        ...
-
-    def regroup(
-        self, q: Fp8, counts_E: Tensor | None = None, *, power_of_two: bool = False
-    ) -> Fp8:
-        """Turn what is in tiles."""
-        ...
-
-    def both(
-        self, x_MC: Tensor, counts_E: Tensor | None = None, *, power_of_two: bool = False
-    ) -> tuple[Fp8, Fp8]:
-        """Do ``tiles`` and ``turn`` in one reading."""
-        ...
-
-    def blocks(self, weight: Tensor, *, power_of_two: bool = False) -> tuple[Fp8, Fp8]:
-        """Quantise a weight in blocks; return it and its transpose."""
-        ...
-
-
-class Swiglu(Protocol):
-    """A version of ``kernels/swiglu_fp8.py``."""
-
-    def forward(
-        self, gate_MF: Tensor, up_MF: Tensor, gates_M: Tensor | None, *, power_of_two: bool = False
-    ) -> tuple[Fp8, Fp8, Fp8]:
-        """Return the activation, and what is kept of gate and up, in tiles."""
-        ...
-
-    def turned(
-        self,
-        gate: Fp8,
-        up: Fp8,
-        gates_M: Tensor | None,
-        counts_E: Tensor | None = None,
-        *,
-        power_of_two: bool = False,
-    ) -> Fp8:
-        """Compute the activation again from what was kept, turned."""
-        ...
-
-    def backward(
-        self,
-        gate: Fp8,
-        up: Fp8,
-        gates_M: Tensor | None,
-        dhidden_MF: Tensor,
-        dgate_MF: Tensor,
-        dup_MF: Tensor,
-    ) -> Tensor | None:
-        """Write the gradients of gate and up; return that of the routing weights."""
-        ...
-
-
 @dataclass(frozen=True)
 class Arithmetic:
     """The chosen versions of what FP8 layers are made of, and the kind of their scales.
@@ -120,11 +57,11 @@ class Arithmetic:
     the output projection.
     """
 
-    quantize: Quantizer
+    quantize: Quantize
     gemm: Callable[[Fp8, Fp8, torch.dtype], Tensor]
     grouped: Callable[[Fp8, Fp8, Tensor, torch.dtype], Tensor]
     along_k: Callable[[Fp8, Fp8, Tensor, torch.dtype], Tensor]
-    swiglu: Swiglu
+    swiglu: SwigluFp8
     power_of_two: bool = False
 
     def operand(self, x: Operand, *, power_of_two: bool = False) -> Tiled:
@@ -154,9 +91,7 @@ class Arithmetic:
         self, x: Tiled, weight_EOI: Tensor, form: Fp8Weight, counts_E: Tensor
     ) -> Tensor:
         """Multiply segments of rows by their experts' matrices: ``[M, O]``."""
-        out: Tensor = _Grouped.apply(
-            self, x.value, x.codes, x.scales, weight_EOI, form, counts_E
-        )
+        out: Tensor = _Grouped.apply(self, x.value, x.codes, x.scales, weight_EOI, form, counts_E)
         return out
 
     def gated_linear(

@@ -47,7 +47,7 @@ def masked_gemm_reference(a: Fp8, b: Fp8, counts_E: Tensor, dtype: torch.dtype) 
 
 
 def grouped_gemm_along_k_reference(a: Fp8, b: Fp8, counts_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over every segment of turned matrices: ``[E, N, K]`` of ``a`` ``[N, S]``, ``b`` ``[K, S]``.
+    """Sum over every segment of turned matrices ``a`` ``[N, S]``, ``b`` ``[K, S]``: ``[E, N, K]``.
 
     Segments lie as ``quantize.turn`` leaves them. An expert without rows gets zeros.
     """
@@ -56,8 +56,8 @@ def grouped_gemm_along_k_reference(a: Fp8, b: Fp8, counts_E: Tensor, dtype: torc
     starts = segment_starts(counts_E).tolist()
     for expert, (start, count) in enumerate(zip(starts, counts_E.tolist(), strict=True)):
         if count:
-            parts = (_columns(q, start, count) for q in (a, b))
-            out_ENK[expert] = gemm_reference(*parts, dtype)
+            part_a, part_b = (_columns(q, start, count) for q in (a, b))
+            out_ENK[expert] = gemm_reference(part_a, part_b, dtype)
     return out_ENK
 
 

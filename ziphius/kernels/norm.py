@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ziphius.kernels.cpu.library import TYPES, Library
+from ziphius.kernels.quantize import Fp8, quantize_tiles
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -27,6 +28,31 @@ def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (wide * inverse_root).mul_(weight.to(high)).to(x.dtype), inverse_root
 
 
+def norm_tiles_reference(
+    x: Tensor, weight: Tensor, eps: float, *, power_of_two: bool = False
+) -> tuple[Tensor, Fp8, Tensor]:
+    """Return the norm, the norm in tiles, and the inverse root of every row, ``[..., 1]``.
+
+    The tiles are those of the norm as it is returned, rounded to the dtype of ``x``.
+    """
+    value, inverse_root = _normalise(x, weight, eps)
+    return value, quantize_tiles(value, power_of_two=power_of_two), inverse_root
+
+
+def norm_backward_reference(
+    x: Tensor, weight: Tensor, inverse_root: Tensor, dout: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``x`` and of ``weight``, each in its dtype, rounded once."""
+    high = inverse_root.dtype
+    unit, dout = x.to(high) * inverse_root, dout.to(high)
+    dweight = (dout * unit).sum_to_size(weight.shape)
+    dunit = dout * weight.to(high)
+    # The norm does not change along the input itself: that part of the gradient drops out.
+    along = (dunit * unit).mean(-1, keepdim=True)
+    dx = (dunit - unit * along) * inverse_root
+    return dx.to(x.dtype), dweight.to(weight.dtype)
+
+
 class _RMSNorm(torch.autograd.Function):
     """torch's own keeps the normalised input as well, which is as large as the input."""
 
@@ -39,14 +65,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse_root = ctx.saved_tensors
-        high = inverse_root.dtype
-        unit, dout = x.to(high) * inverse_root, grads[0].to(high)
-        dweight = (dout * unit).sum_to_size(weight.shape)
-        dunit = dout * weight.to(high)
-        # The norm does not change along the input itself: that part of the gradient drops out.
-        along = (dunit * unit).mean(-1, keepdim=True)
-        dx = (dunit - unit * along) * inverse_root
-        return dx.to(x.dtype), dweight.to(weight.dtype), None
+        return *norm_backward_reference(x, weight, inverse_root, grads[0]), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

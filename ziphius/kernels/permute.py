@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ziphius.kernels.cpu.library import Library
+from ziphius.kernels.quantize import Fp8
 
 
 class _Permute(torch.autograd.Function):
@@ -57,6 +58,17 @@ def unpermute(rows_MD: Tensor, order_M: Tensor, inverse_M: Tensor, K: int) -> Te
     The sum is taken in at least FP32, one row after the other, and rounded once.
     """
     return _Unpermute.apply(rows_MD, order_M, inverse_M, K)
+
+
+def permute_tiles(q: Fp8, order_M: Tensor, K: int) -> Fp8:
+    """Copy every token's row of codes and of scales to its ``K`` places, as ``permute`` does.
+
+    ``q`` has tiles, ``[N, D]``; the result is ``[N*K, D]``. There is no way back.
+    """
+    token_M = order_M.div(K, rounding_mode="floor")
+    # There is no selection of FP8 on every machine; of bytes there is.
+    codes_MD = q.codes.view(torch.uint8).index_select(0, token_M).view(q.codes.dtype)
+    return Fp8(codes_MD, q.scales.index_select(0, token_M))
 
 
 class _CompiledPermute(torch.autograd.Function):
@@ -116,11 +128,4 @@ VERSIONS: dict[str, Move] = {"torch": permute}
 COMPILED = permute_compiled
 BACK_VERSIONS: dict[str, Move] = {"torch": unpermute}
 BACK_COMPILED = unpermute_compiled
-
-
-def permute_tiles(q, order_M, K):
-    """x"""
-    from ziphius.kernels.quantize import Fp8
-    rows = order_M.div(K, rounding_mode="floor")
-    return Fp8(q.codes.view(torch.uint8).index_select(0, rows).view(q.codes.dtype), q.scales.index_select(0, rows))
-TILES_VERSIONS = {"torch": permute_tiles}
+TILES_VERSIONS: dict[str, Callable[[Fp8, Tensor, int], Fp8]] = {"torch": permute_tiles}

@@ -12,7 +12,7 @@ finite number is out of range, because the scale comes from the largest one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -149,31 +149,62 @@ def regroup(q: Fp8, counts_E: Tensor | None = None, *, power_of_two: bool = Fals
     return turn(dequantize(q), counts_E, power_of_two=power_of_two)
 
 
-class TorchQuantize:
-    """The functions of this file as one version."""
+class Quantize(Protocol):
+    """The quantisers of a layer, each in as few readings of its input as the version can."""
 
     def tiles(self, x: Tensor, *, power_of_two: bool = False) -> Fp8:
+        """Do what ``quantize_tiles`` does."""
+        ...
+
+    def turn(
+        self, x_MC: Tensor, counts_E: Tensor | None = None, *, power_of_two: bool = False
+    ) -> Fp8:
+        """Do what the function ``turn`` does."""
+        ...
+
+    def regroup(self, q: Fp8, counts_E: Tensor | None = None, *, power_of_two: bool = False) -> Fp8:
+        """Do what the function ``regroup`` does."""
+        ...
+
+    def both(
+        self, x_MC: Tensor, counts_E: Tensor | None = None, *, power_of_two: bool = False
+    ) -> tuple[Fp8, Fp8]:
+        """Return ``x`` in tiles, and turned: both operands that a gradient is."""
+        ...
+
+    def blocks(self, weight: Tensor, *, power_of_two: bool = False) -> tuple[Fp8, Fp8]:
+        """Return a weight, or a stack of them, in blocks, and its transpose."""
+        ...
+
+
+class TorchQuantize:
+    """The functions above: what every other version is measured against."""
+
+    def tiles(self, x: Tensor, *, power_of_two: bool = False) -> Fp8:
+        """Do what ``quantize_tiles`` does."""
         return quantize_tiles(x, power_of_two=power_of_two)
 
     def turn(
         self, x_MC: Tensor, counts_E: Tensor | None = None, *, power_of_two: bool = False
     ) -> Fp8:
+        """Do what the function ``turn`` does."""
         return turn(x_MC, counts_E, power_of_two=power_of_two)
 
-    def regroup(
-        self, q: Fp8, counts_E: Tensor | None = None, *, power_of_two: bool = False
-    ) -> Fp8:
+    def regroup(self, q: Fp8, counts_E: Tensor | None = None, *, power_of_two: bool = False) -> Fp8:
+        """Do what the function ``regroup`` does."""
         return regroup(q, counts_E, power_of_two=power_of_two)
 
     def both(
         self, x_MC: Tensor, counts_E: Tensor | None = None, *, power_of_two: bool = False
     ) -> tuple[Fp8, Fp8]:
-        how = {"power_of_two": power_of_two}
-        return quantize_tiles(x_MC, **how), turn(x_MC, counts_E, **how)
+        """Return ``x`` in tiles, and turned: both operands that a gradient is."""
+        tiles = self.tiles(x_MC, power_of_two=power_of_two)
+        return tiles, self.turn(x_MC, counts_E, power_of_two=power_of_two)
 
     def blocks(self, weight: Tensor, *, power_of_two: bool = False) -> tuple[Fp8, Fp8]:
-        blocks = quantize_blocks(weight, power_of_two=power_of_two)
-        return blocks, transpose_blocks(blocks)
+        """Return a weight, or a stack of them, in blocks, and its transpose."""
+        q = quantize_blocks(weight, power_of_two=power_of_two)
+        return q, transpose_blocks(q)
 
 
-VERSIONS = {"torch": TorchQuantize}
+VERSIONS: dict[str, type[Quantize]] = {"torch": TorchQuantize}

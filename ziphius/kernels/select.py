@@ -183,7 +183,8 @@ def compiled_kernels(folder: Path, products: str = "native") -> Kernels:
 
 def triton_kernels() -> Kernels:
     """Choose the kernels for GPUs wherever there is one. Raises BadInput without Triton."""
-    return Kernels(**{op: TRITON for op in ON_GPUS})
+    chosen: dict[str, Any] = dict.fromkeys(ON_GPUS, TRITON)
+    return Kernels(**chosen)
 
 
 def answering_kernels(folder: Path | None) -> Kernels:

@@ -29,6 +29,24 @@ def swiglu_reference(
     return hidden_MF.to(gate_MF.dtype)
 
 
+def swiglu_gradients(
+    gate_MF: Tensor, up_MF: Tensor, gates_M: Tensor | None, dhidden_MF: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of gate, up and routing weights, in at least FP32."""
+    high = torch.promote_types(gate_MF.dtype, torch.float32)
+    g, u, dh = gate_MF.to(high), up_MF.to(high), dhidden_MF.to(high)
+    sigmoid = g.sigmoid()
+    silu = g * sigmoid
+    dgates_M = None
+    if gates_M is not None:
+        dgates_M = (dh * silu * u).sum(-1)
+        dh = dh * gates_M.to(high).unsqueeze(-1)
+    du = dh * silu
+    # silu'(g) = sigmoid(g) + silu(g) * (1 - sigmoid(g))
+    dg = (dh * u).mul_(silu.addcmul(silu, sigmoid, value=-1).add_(sigmoid))
+    return dg, du, dgates_M
+
+
 class _SwiGLU(torch.autograd.Function):
     """The same, keeping its inputs only: backward computes the activation again (facts 5.7)."""
 
@@ -40,17 +58,9 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate_MF, up_MF, gates_M = ctx.saved_tensors
-        high = torch.promote_types(gate_MF.dtype, torch.float32)
-        g, u, dh = gate_MF.to(high), up_MF.to(high), grads[0].to(high)
-        sigmoid = g.sigmoid()
-        silu = g * sigmoid
-        dgates_M = None
-        if gates_M is not None:
-            dgates_M = (dh * silu * u).sum(-1).to(gates_M.dtype)
-            dh = dh * gates_M.to(high).unsqueeze(-1)
-        du = dh * silu
-        # silu'(g) = sigmoid(g) + silu(g) * (1 - sigmoid(g))
-        dg = (dh * u).mul_(silu.addcmul(silu, sigmoid, value=-1).add_(sigmoid))
+        dg, du, dgates_M = swiglu_gradients(gate_MF, up_MF, gates_M, grads[0])
+        if gates_M is not None and dgates_M is not None:
+            dgates_M = dgates_M.to(gates_M.dtype)
         return dg.to(gate_MF.dtype), du.to(up_MF.dtype), dgates_M
 
 

@@ -1,24 +1,118 @@
+"""SwiGLU between FP8 products: its result in tiles, its inputs kept in tiles (facts 4.1, 5.7).
+
+What backward needs of a SwiGLU is computed again from the inputs that were kept.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
 import torch
-from ziphius.kernels.quantize import *
+import torch.nn.functional as F
+from torch import Tensor
+
 from ziphius.kernels.quantize import Fp8, dequantize, quantize_tiles, turn
+from ziphius.kernels.swiglu import swiglu_gradients
+
+
+class SwigluFp8(Protocol):
+    """The three uses of a SwiGLU in a step. ``gates`` are FP32 routing weights, ``[M]``, or None.
+
+    Rows of ``[M, F]`` inputs and outputs may lie apart (two halves of ``[M, 2F]``); a row's numbers
+    lie side by side.
+    """
+
+    def forward(
+        self,
+        gate_MF: Tensor,
+        up_MF: Tensor,
+        gates_M: Tensor | None,
+        *,
+        power_of_two: bool = False,
+    ) -> tuple[Fp8, Fp8, Fp8]:
+        """Return ``silu(gate) * up * gates`` in tiles, and both inputs in tiles.
+
+        The product is not rounded before it is quantised. ``power_of_two`` is about its scales;
+        those of the inputs are FP32.
+        """
+        ...
+
+    def turned(
+        self,
+        gate: Fp8,
+        up: Fp8,
+        gates_M: Tensor | None,
+        counts_E: Tensor | None = None,
+        *,
+        power_of_two: bool = False,
+    ) -> Fp8:
+        """Compute the product again from the kept inputs, and turn it (``quantize.turn``)."""
+        ...
+
+    def backward(
+        self,
+        gate: Fp8,
+        up: Fp8,
+        gates_M: Tensor | None,
+        dhidden_MF: Tensor,
+        dgate_MF: Tensor,
+        dup_MF: Tensor,
+    ) -> Tensor | None:
+        """Write the inputs' gradients into ``dgate`` and ``dup``; return the routing weights'.
+
+        The last is FP32, ``[M]``, or None without routing weights.
+        """
+        ...
+
+
 class TorchSwigluFp8:
-    def forward(self, gate, up, gates, *, power_of_two=False):
-        h = torch.nn.functional.silu(gate.float())*up.float()
-        if gates is not None: h=h*gates.float()[:,None]
-        return quantize_tiles(h,power_of_two=power_of_two), quantize_tiles(gate), quantize_tiles(up)
-    def turned(self, gate, up, gates, counts=None, *, power_of_two=False):
-        h = torch.nn.functional.silu(dequantize(gate))*dequantize(up)
-        if gates is not None: h=h*gates.float()[:,None]
-        return turn(h,counts,power_of_two=power_of_two)
-    def backward(self, gate, up, gates_M, dh, dgate, dup):
-        g,u,dh=dequantize(gate),dequantize(up),dh.float()
-        sigmoid = g.sigmoid()
-        silu = g * sigmoid
-        dgates_M = None
-        if gates_M is not None:
-            dgates_M = (dh * silu * u).sum(-1)
-            dh = dh * gates_M.float().unsqueeze(-1)
-        dup.copy_(dh * silu)
-        dgate.copy_((dh * u).mul_(silu.addcmul(silu, sigmoid, value=-1).add_(sigmoid)))
+    """Plain PyTorch: what every other version is measured against."""
+
+    def forward(
+        self,
+        gate_MF: Tensor,
+        up_MF: Tensor,
+        gates_M: Tensor | None,
+        *,
+        power_of_two: bool = False,
+    ) -> tuple[Fp8, Fp8, Fp8]:
+        """Return the product and both inputs in tiles."""
+        hidden = quantize_tiles(_product(gate_MF, up_MF, gates_M), power_of_two=power_of_two)
+        return hidden, quantize_tiles(gate_MF), quantize_tiles(up_MF)
+
+    def turned(
+        self,
+        gate: Fp8,
+        up: Fp8,
+        gates_M: Tensor | None,
+        counts_E: Tensor | None = None,
+        *,
+        power_of_two: bool = False,
+    ) -> Fp8:
+        """Compute the product again from the kept inputs, and turn it."""
+        hidden_MF = _product(dequantize(gate), dequantize(up), gates_M)
+        return turn(hidden_MF, counts_E, power_of_two=power_of_two)
+
+    def backward(
+        self,
+        gate: Fp8,
+        up: Fp8,
+        gates_M: Tensor | None,
+        dhidden_MF: Tensor,
+        dgate_MF: Tensor,
+        dup_MF: Tensor,
+    ) -> Tensor | None:
+        """Write the inputs' gradients; return the routing weights'."""
+        inputs = dequantize(gate), dequantize(up)
+        dg, du, dgates_M = swiglu_gradients(*inputs, gates_M, dhidden_MF)
+        dgate_MF.copy_(dg)
+        dup_MF.copy_(du)
         return dgates_M
-VERSIONS={"torch":TorchSwigluFp8}
+
+
+def _product(gate_MF: Tensor, up_MF: Tensor, gates_M: Tensor | None) -> Tensor:
+    hidden_MF = F.silu(gate_MF.to(torch.float32)) * up_MF.to(torch.float32)
+    return hidden_MF if gates_M is None else hidden_MF * gates_M.unsqueeze(-1)
+
+
+VERSIONS: dict[str, type[SwigluFp8]] = {"torch": TorchSwigluFp8}

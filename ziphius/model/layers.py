@@ -86,9 +86,7 @@ class RMSNorm(nn.Module):
         """Norm and quantise."""
         return Tiled(*self.norm_tiles(x, self.weight, self.eps, power_of_two))
 
-    def _in_two_steps(
-        self, x: Tensor, weight: Tensor, eps: float, power_of_two: bool
-    ) -> Tiled:
+    def _in_two_steps(self, x: Tensor, weight: Tensor, eps: float, power_of_two: bool) -> Tiled:
         assert self.fp8 is not None, "asked for by products in FP8"
         value: Tensor = self.rms_norm(x, weight, eps)
         return self.fp8.operand(value, power_of_two=power_of_two)

@@ -168,7 +168,8 @@ class MLA(nn.Module):
         if self.has_query_latent:
             q_BTQ = self.q_b_proj(self.q_a_layernorm.operand(q_BTQ))
         latent_BTC, k_rope_BTR = torch.split(kv_BTc, [self.latent, self.rope], dim=-1)
-        kv_BTHo = self.kv_b_proj(self.kv_a_layernorm.operand(latent_BTC)).unflatten(-1, (self.heads, -1))
+        kv_BTo = self.kv_b_proj(self.kv_a_layernorm.operand(latent_BTC))
+        kv_BTHo = kv_BTo.unflatten(-1, (self.heads, -1))
         q_BTHd = q_BTQ.unflatten(-1, (self.heads, -1))
         q_BTHd, k_BTHd, v_BTHv = self.expand_heads(q_BTHd, kv_BTHo, k_rope_BTR, *rope)
         if self.pads:

@@ -59,7 +59,7 @@ def resolve(recipe: Recipe) -> Recipe:
     run = recipe.run
     device = torch.device(run.device).type
     on_processor = device == "cpu"
-    chosen = {
+    chosen: dict[str, Any] = {
         "threads": run.threads or usable_threads(),
         "kernels": run.kernels,
         "products": run.products,
