@@ -39,8 +39,9 @@ class LLM:
 
     ``path`` is a Hugging Face folder or a run folder. ``dtype`` is what to compute in, by default
     what the config says. ``fast_math`` gives up that answers are the same bits whatever else is
-    computed. ``device`` is ``cpu``, ``cuda`` or ``cuda:N``; GPUs have no other way. ``kernels`` is
-    ``auto``, ``compiled``, ``torch`` or ``triton``. Quantised weights stay codes in memory. With ``expert_bytes`` routed experts are read when they are first chosen, and at most so
+    computed. ``device`` is ``cpu``, ``cuda`` or ``cuda:N``; on a GPU ``fast_math`` must be said.
+    ``kernels`` is ``auto``, ``compiled``, ``torch`` or ``triton``. Quantised weights stay codes in
+    memory. With ``expert_bytes`` routed experts are read when they are first chosen, and at most so
     many bytes of them are kept; ``auto`` keeps as many as what is free has room for. ``options``
     are those of ``EngineOptions``. Raises BadInput for a checkpoint or an option that can't be
     used.

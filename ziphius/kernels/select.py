@@ -194,7 +194,7 @@ def compiled_kernels(folder: Path, products: str = "native") -> Kernels:
 
 def triton_kernels() -> Kernels:
     """Choose the kernels for GPUs wherever there is one. Raises BadInput without Triton."""
-    chosen: dict[str, Any] = dict.fromkeys(ON_GPUS, TRITON)
+    chosen: dict[str, Any] = dict.fromkeys(ON_GPUS.keys() - ANSWERING, TRITON)
     return Kernels(**chosen)
 
 
