@@ -34,24 +34,38 @@ def alternate(
     return times
 
 
-def report(name: str, figures: Mapping[str, Any], *, record: bool) -> None:
-    """Print the figures with their circumstances as one JSON line; ``record`` keeps them too."""
+def report(
+    name: str,
+    figures: Mapping[str, Any],
+    *,
+    record: bool,
+    file: Path | None = None,
+    commit: str | None = None,
+) -> None:
+    """Print the figures with their circumstances as one JSON line; ``record`` keeps them too.
+
+    So does ``file``, at that place. ``commit`` is that of a copy without its history.
+    """
     result = {
         "benchmark": name,
         **figures,
         "date": date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "-s") else ""),
+        "commit": commit or _git("rev-parse", "--short", "HEAD") + _changed(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    if record:
-        path = RESULTS / f"{result['date']}-{name}.json"
-        RESULTS.mkdir(exist_ok=True)
+    paths = [RESULTS / f"{result['date']}-{name}.json"] if record else []
+    for path in [*paths, *([file] if file else [])]:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     print(json.dumps(result))
+
+
+def _changed() -> str:
+    return "+" if _git("status", "-s") else ""
 
 
 def _git(*arguments: str) -> str:

@@ -18,12 +18,14 @@ from tests.checkpoint.published import (
     weights,
 )
 from tests.support import random_model
-from ziphius.checkpoint import shards
+from ziphius.checkpoint import convert as module
 from ziphius.checkpoint.convert import convert
 from ziphius.checkpoint.files import check_manifest
 from ziphius.checkpoint.huggingface import load, save
+from ziphius.checkpoint.pieces import PieceWriter
 from ziphius.config.errors import BadInput
 
+PHASES = ["checking the source", "converting"]
 FORMS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -149,52 +151,41 @@ def test_the_source_is_not_touched(official: Path, tmp_path: Path) -> None:
 # Memory
 
 
-def test_memory_holds_one_shard_and_the_tensor_after_it(
-    official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("to", ["bf16", "fp32", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int4"])
+def test_pieces_change_no_bit(
+    official: Path, tmp_path: Path, form: str, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bytes that were read and are not written yet, at every tensor."""
-    waiting, largest, steps = [0], [0], []
-    read, write = shards.ShardReader.read, shards.save_file
-    limit = 60_000
+    """The smallest pieces, rows of 128, against whole matrices; every form into every form."""
+    convert(official, tmp_path / "source", form, group_size=24)
+    convert(tmp_path / "source", tmp_path / "whole", to, group_size=16)
+    pieces, put = [0], PieceWriter.put
 
-    def counted_read(self: shards.ShardReader, name: str) -> Tensor:
-        tensor = read(self, name)
-        if not name.endswith("_scale_inv"):
-            waiting[0] += tensor.numel() * 2
-            largest[0] = max(largest[0], tensor.numel() * 2)
-        return tensor
+    def counted(self: PieceWriter, name: str, start: int, rows: Tensor) -> None:
+        pieces[0] += start > 0
+        assert len(rows) <= 128
+        put(self, name, start, rows)
 
-    def counted_write(tensors: dict[str, Tensor], path: Any, **options: Any) -> None:
-        waiting[0] -= sum(t.numel() * 2 for t in tensors.values())
-        write(tensors, path, **options)
-
-    monkeypatch.setattr(shards.ShardReader, "read", counted_read)
-    monkeypatch.setattr(shards, "save_file", counted_write)
-
-    def told(done: int, total: int) -> None:
-        if done == 0:
-            waiting[0] = 0  # what was read before was compared, and is gone
-        steps.append(waiting[0])
-
-    target = tmp_path / "target"
-    convert(
-        official,
-        target,
-        max_shard_bytes=limit,
-        on_tensor=told,
-    )
-    files = list(target.glob("model-*.safetensors"))
-    assert len(files) > 10
-    assert len(steps) >= len(read_all(target))
-    assert max(steps) <= limit + largest[0] < 200_000
-    assert waiting[0] == 0
+    monkeypatch.setattr(PieceWriter, "put", counted)
+    monkeypatch.setattr(module, "numbers_at_a_time", lambda shapes, memory: 1)
+    convert(tmp_path / "source", tmp_path / "pieces", to, group_size=16)
+    assert pieces[0] > 20
+    one, other = read_all(tmp_path / "whole"), read_all(tmp_path / "pieces")
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor.view(torch.uint8), other[name].view(torch.uint8)), name
 
 
-def test_progress_counts_every_tensor_up_to_the_last(official: Path, tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    convert(official, tmp_path / "target", on_tensor=lambda *pair: told.append(pair))
-    total = len(read_all(tmp_path / "target"))
-    assert told == [(done, total) for done in range(total + 1)]
+def test_progress_counts_every_byte_up_to_the_last(official: Path, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    convert(official, tmp_path / "target", on_progress=lambda *step: told.append(step))
+    assert [step[0] for step in told] == sorted((s[0] for s in told), key=PHASES.index)
+    found = read_all(tmp_path / "target")
+    total = sum(tensor.nbytes for tensor in found.values())
+    counted = [done for phase, done, of in told if phase == PHASES[-1] and of == total]
+    assert counted == sorted(counted)
+    assert len(counted) == len(found) + 1
+    assert (counted[0], counted[-1]) == (0, total)
 
 
 def test_shards_of_a_conversion_load_equal(official: Path, tmp_path: Path) -> None:

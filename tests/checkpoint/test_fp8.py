@@ -30,11 +30,11 @@ def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=generator) * spread
 
 
-def slow_dequantize(q: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+def slow_dequantize(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """One element after another, in float64; exact, as the factors have 4 and 24 bits."""
     numbers, scales = q.to(torch.float64).tolist(), scale.to(torch.float64).tolist()
     product = [
-        [value * scales[i // block[0]][j // block[1]] for j, value in enumerate(row)]
+        [value * scales[i // 128][j // 128] for j, value in enumerate(row)]
         for i, row in enumerate(numbers)
     ]
     return torch.tensor(product, dtype=torch.float64)
@@ -51,7 +51,7 @@ def nearest_e4m3(value: float) -> float:
 def test_dequantize_multiplies_as_a_float64_loop_does(dtype: torch.dtype) -> None:
     q = (weights(200, 300) / 1000).clamp(-448, 448).to(E4M3)
     scale = torch.rand(2, 3) * 0.01 + 1e-4
-    expected = slow_dequantize(q, scale, (128, 128))
+    expected = slow_dequantize(q, scale)
     if dtype != torch.float64:  # the released code makes the product in float32
         expected = expected.to(torch.float32).to(dtype)
     result = dequantize_blocks(q, scale, dtype)
@@ -59,21 +59,14 @@ def test_dequantize_multiplies_as_a_float64_loop_does(dtype: torch.dtype) -> Non
     assert torch.equal(result, expected)
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    rows=st.integers(1, 40),
-    columns=st.integers(1, 40),
-    block=st.tuples(st.integers(1, 17), st.integers(1, 17)),
-    seed=st.integers(0, 100),
-)
-def test_dequantize_handles_every_ragged_shape(
-    rows: int, columns: int, block: tuple[int, int], seed: int
-) -> None:
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 290), columns=st.integers(1, 290), seed=st.integers(0, 100))
+def test_dequantize_handles_every_ragged_shape(rows: int, columns: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     q = (100 * torch.randn(rows, columns, generator=generator)).to(E4M3)
-    scale = torch.rand(-(-rows // block[0]), -(-columns // block[1]), generator=generator)
-    result = dequantize_blocks(q, scale, torch.float64, block)
-    assert torch.equal(result, slow_dequantize(q, scale, block))
+    scale = torch.rand(-(-rows // 128), -(-columns // 128), generator=generator)
+    result = dequantize_blocks(q, scale, torch.float64)
+    assert torch.equal(result, slow_dequantize(q, scale))
 
 
 def test_the_scale_multiplies_and_does_not_divide() -> None:

@@ -258,7 +258,7 @@ def test_convert_writes_bf16(trained: Path, tmp_path: Path) -> None:
         ("model.num_experts_per_tok=5", "topk_group"),
         ("model.qk_rope_head_dim=5", "odd"),
         ("model.scoring_func=softmax", "sigmoid"),
-        ("precision.compute=fp8", "fp8"),
+        ("precision.scales=fp8", "ue8m0"),
         ("precision.compute=int8", "bfloat16"),
         ("run.device=abacus", "abacus"),
         ("data.source=/no/such/folder", "/no/such/folder"),

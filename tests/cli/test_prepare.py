@@ -16,7 +16,8 @@ from rich.console import Console
 from tests.cli.test_cli import refusal, ziphius_exits
 from tests.data.preparing import contents, make_mixture
 from tests.data.texts import prose, write
-from ziphius.cli.prepare import _engine, _Follower
+from ziphius.cli.follower import Follower
+from ziphius.cli.prepare import _engine
 from ziphius.data.engine import LocalEngine
 from ziphius.data.prepared import open_prepared
 from ziphius.data.ray_engine import RayEngine
@@ -151,7 +152,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(
 ) -> None:
     clock = iter([0.0, 5.0, 16.0, 20.0, 40.0, 41.0, 42.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    with _Follower(Console(force_terminal=False)) as follower:
+    with Follower(Console(force_terminal=False)) as follower:
         for done in (0, 10, 40, 50, 100):
             follower.tell("reading", done, 100)
         follower.tell("encoding", 0, None)
@@ -164,7 +165,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(
 
 
 def test_on_a_terminal_progress_is_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    with _Follower(Console(force_terminal=True, width=100)) as follower:
+    with Follower(Console(force_terminal=True, width=100)) as follower:
         follower.tell("reading", 0, 100)
         follower.tell("reading", 100, 100)
         follower.tell("comparing", 7, None)

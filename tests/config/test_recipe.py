@@ -307,13 +307,11 @@ def test_sequences_must_fit(tmp_path: Path) -> None:
 # --- precision ------------------------------------------------------------------------------------
 
 
-def test_fp8_is_a_word_of_the_table_and_refused_by_name_where_it_is_used() -> None:
+def test_the_words_of_the_precision_table() -> None:
     precision = load_recipe("tiny", ["precision.compute=fp8"]).precision
-    assert precision.compute == "fp8"
-    with pytest.raises(BadInput, match=r"precision\.compute = 'fp8' is not implemented yet: use"):
-        precision.require_available()
-    for name in ("float64", "float32", "bfloat16"):
-        PrecisionConfig(compute=name).require_available()
+    assert precision == PrecisionConfig(compute="fp8", scales="report")
+    assert load_recipe("tiny", ["precision.scales=ue8m0"]).precision.scales == "ue8m0"
+    assert "'float64', 'float32', 'bfloat16' or 'fp8'" in refusal("tiny", "precision.compute=fp9")
 
 
 def test_errors_have_their_exit_codes() -> None:

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ziphius.kernels.fp8 import Arithmetic, Tiled, permute_tiled, unread
 from ziphius.kernels.gemm import gemm_reference
-from ziphius.kernels.kept import KeptOutput
 from ziphius.kernels.permute import permute_tiles, unpermute
 from ziphius.kernels.quantize import (
     Fp8,
@@ -288,7 +287,7 @@ def test_swiglu_keeps_its_inputs_in_fp8_and_not_its_output() -> None:
 
 def test_the_output_projection_keeps_twelve_bits() -> None:
     x, weight, how = normal(2, 128, 512, requires_grad=True), weights(128, 512), arithmetic()
-    kept = KeptOutput(128)
+    kept = how.keep_output(128)
     heads = x.detach().unflatten(-1, (4, 128)).transpose(1, 2)
 
     def run() -> Tensor:
@@ -307,7 +306,7 @@ def test_the_output_projection_keeps_twelve_bits() -> None:
 
 def test_what_is_kept_of_attention_comes_back_in_its_shape() -> None:
     out_BHTv = normal(2, 3, 10, 40)
-    kept = KeptOutput(33)  # the rest of a head is padding
+    kept = arithmetic().keep_output(33)  # the rest of a head is padding
     back = kept.restore(kept.keep(out_BHTv), out_BHTv)
     assert back.shape == out_BHTv.shape
     assert not back[..., 33:].any()

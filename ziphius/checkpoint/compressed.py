@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -58,6 +58,10 @@ class Stored(Protocol):
 
     def read(self, name: str) -> Tensor:
         """Read one tensor."""
+        ...
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Read the rows from ``start`` up to ``stop`` of one tensor."""
         ...
 
     def shape(self, name: str) -> torch.Size:
@@ -233,6 +237,16 @@ def packed_tensors(name: str, codes: Codes, bits: int) -> Iterator[tuple[str, Te
     yield name + SHAPE, torch.tensor(codes.codes_OI.shape, dtype=torch.int64)
 
 
+def packed_shapes(shape: Sequence[int], form: Packed) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every part of a packed matrix ``[out, in]``."""
+    rows, width = shape
+    return {
+        PACKED: (rows, -(-width * form.bits // 32)),
+        SCALE: (rows, groups(width, form.group_size)),
+        SHAPE: (2,),
+    }
+
+
 def require_layout(
     name: str, shape: tuple[int, ...], form: Packed, reader: Stored, names: Container[str]
 ) -> None:
@@ -248,11 +262,11 @@ def require_layout(
             )
     if len(shape) != 2:
         raise BadInput(f"{name}: packed, but the config has {list(shape)}: a matrix is needed")
-    rows, width = shape
+    wanted_shapes = packed_shapes(shape, form)
     expected = {
-        PACKED: ([rows, -(-width * form.bits // 32)], "int32"),
-        SCALE: ([rows, groups(width, form.group_size)], "a floating dtype"),
-        SHAPE: ([2], "integers"),
+        PACKED: (list(wanted_shapes[PACKED]), "int32"),
+        SCALE: (list(wanted_shapes[SCALE]), "a floating dtype"),
+        SHAPE: (list(wanted_shapes[SHAPE]), "integers"),
     }
     for suffix, (wanted, kind) in expected.items():
         found, dtype = list(reader.shape(name + suffix)), reader.dtype(name + suffix)
@@ -269,19 +283,25 @@ def require_layout(
             )
 
 
-def read_packed(name: str, form: Packed, reader: Stored) -> QuantizedWeight:
-    """Read a packed weight as it is stored.
+def read_packed(
+    name: str, form: Packed, reader: Stored, rows: tuple[int, int] | None = None
+) -> QuantizedWeight:
+    """Read a packed weight as it is stored, or its rows from one up to another.
 
     Raises BadInput when ``weight_shape`` contradicts the words.
     """
     form = form.of(name)
-    words, scales = reader.read(name + PACKED), reader.read(name + SCALE)
-    rows, width = (int(size) for size in reader.read(name + SHAPE))
-    if rows != len(words) or -(-width * form.bits // 32) != words.shape[1]:
+    height, width = (int(size) for size in reader.read(name + SHAPE))
+    stored = list(reader.shape(name + PACKED))
+    if [height, -(-width * form.bits // 32)] != stored:
         raise BadInput(
-            f"{name}{SHAPE}: [{rows}, {width}], which {list(words.shape)} words of {form.bits} bit "
-            "codes do not hold: copy the file again"
+            f"{name}{SHAPE}: [{height}, {width}], which {stored} words of {form.bits} bit codes do "
+            "not hold: copy the file again"
         )
+    if rows is None:
+        words, scales = (reader.read(name + suffix) for suffix in (PACKED, SCALE))
+    else:
+        words, scales = (reader.read_rows(name + suffix, *rows) for suffix in (PACKED, SCALE))
     codes = stored_bytes(words, form.bits, width)
     size = group_width(width, form.group_size)
-    return QuantizedWeight(codes, scales, size, form.bits, (rows, width))
+    return QuantizedWeight(codes, scales, size, form.bits, (len(words), width))

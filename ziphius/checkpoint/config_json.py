@@ -167,13 +167,21 @@ def stored_form(
         "fmt": ("e4m3", None),
         "weight_block_size": (list(BLOCK),),
         "activation_scheme": ("dynamic", None),
-        "scale_fmt": (None, "ue8m0"),
+        # Where it is absent transformers writes "float".
+        "scale_fmt": (None, "ue8m0", "float"),
     }
     for key, choices in supported.items():
         if scheme.get(key) not in choices:
             names = " or ".join(json.dumps(choice) for choice in choices)
             _refuse(where, f"quantization_config.{key}", scheme.get(key), names)
     return BLOCK
+
+
+def scale_format(raw: Mapping[str, Any]) -> str | None:
+    """Return the format of FP8 scales, float32 or ue8m0 (facts 1.8); None without FP8 weights."""
+    if stored_form(raw) != BLOCK:
+        return None
+    return "ue8m0" if raw["quantization_config"].get("scale_fmt") == "ue8m0" else "float32"
 
 
 def stored_dtype(raw: Mapping[str, Any], *, where: str = CONFIG_FILE) -> torch.dtype:

@@ -19,7 +19,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,17 @@ def is_weight_file(name: str) -> bool:
 
 
 @contextmanager
-def replace_directory(target: Path, *, keep_unknown: bool = True) -> Iterator[Path]:
+def replace_directory(
+    target: Path, *, keep_unknown: bool = True, checksums: Mapping[str, str] | None = None
+) -> Iterator[Path]:
     """Yield an empty folder that takes the place of ``target`` when the block ends well.
 
     A reader sees the complete old folder or the complete new one, also after a crash or a power
     failure: see ``recover_directory``. If the block or the saving fails (Ctrl-C too), ``target``
     is as it was. With ``keep_unknown`` every file of the old folder that the new one lacks is
     kept, except weights, their index and the manifest; the files themselves are shared, not
-    copied, where the file system can. Links and folders inside are kept as they are.
+    copied, where the file system can. Links and folders inside are kept as they are. ``checksums``
+    are SHA-256 of new files at the top that were taken already, at the latest when the block ends.
 
     Raises BadInput, one line, if ``target`` is a file, a mount point or a folder with something
     other than a checkpoint in it; if the disk is full, read-only or forbidden to this user.
@@ -73,10 +76,10 @@ def replace_directory(target: Path, *, keep_unknown: bool = True) -> Iterator[Pa
             yield new
             if keep_unknown and target.exists():
                 _carry_over(target, new)
-            write_manifest(new)
+            write_manifest(new, checksums)
             _flush_tree(new)
             _swap(new, target, _sibling(target, "previous", tag))
-        _flush(target.parent)
+        flush(target.parent)
     finally:
         _settle(target, tag)
 
@@ -139,7 +142,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             if path.exists():
                 shutil.copymode(path, temporary)
             os.replace(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         _remove(temporary)
         _sweep(path)
@@ -276,16 +279,18 @@ def _is_alive(process: int) -> bool:
 # The manifest
 
 
-def write_manifest(folder: Path) -> None:
+def write_manifest(folder: Path, checksums: Mapping[str, str] | None = None) -> None:
     """Write ``manifest.json``: size and SHA-256 of every regular file in ``folder``, recursively.
 
-    Symbolic links are not listed: what they point to is not the folder's own.
+    Symbolic links are not listed: what they point to is not the folder's own. Files in
+    ``checksums``, by name, are not read.
     """
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in _regular_files(folder)
-        if path != folder / MANIFEST
-    }
+    known, files = checksums or {}, {}
+    for path in _regular_files(folder):
+        name = path.relative_to(folder).as_posix()
+        if name != MANIFEST:
+            digest = known[name] if name in known else sha256_of(path)
+            files[name] = {"bytes": path.stat().st_size, "sha256": digest}
     text = json.dumps({"format": MANIFEST_FORMAT, "files": files}, indent=1, sort_keys=True)
     write_atomic(folder / MANIFEST, text.encode() + b"\n")
 
@@ -342,14 +347,15 @@ def _damage(folder: Path, name: str, entry: dict[str, Any], checksums: bool) -> 
         size = path.stat().st_size
         if size != entry["bytes"]:
             return f"{name} has {size} bytes instead of {entry['bytes']}"
-        if checksums and (found := _sha256(path)) != entry["sha256"]:
+        if checksums and (found := sha256_of(path)) != entry["sha256"]:
             return f"{name} has sha256 {found[:16]}... instead of {entry['sha256'][:16]}..."
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     return None
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -373,12 +379,12 @@ def _raise(error: OSError) -> None:
 
 def _flush_tree(folder: Path) -> None:
     for path in _regular_files(folder):
-        _flush(path)
+        flush(path)
     for parent, _, _ in os.walk(folder, topdown=False):
-        _flush(Path(parent))
+        flush(Path(parent))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Return when the file's content, or the folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -27,12 +27,18 @@ from ziphius.checkpoint.config_json import (
 )
 from ziphius.checkpoint.files import check_manifest, replace_directory
 from ziphius.checkpoint.folder import CONFIG_FILE, TOKENIZER_FILE, checkpoint_folder
-from ziphius.checkpoint.fp8 import SCALE_SUFFIX, dequantize_blocks, is_quantized
+from ziphius.checkpoint.fp8 import (
+    SCALE_SUFFIX,
+    dequantize_blocks,
+    is_quantized,
+    require_scales,
+)
 from ziphius.checkpoint.shards import MAX_SHARD_BYTES, ShardReader, write_shards
 from ziphius.config.errors import BadInput
 from ziphius.config.model import ModelConfig
 from ziphius.config.table import nearest
 from ziphius.kernels.integers import QuantizedWeight
+from ziphius.kernels.quantize import TILE
 from ziphius.kernels.select import Kernels
 from ziphius.model.precision import DTYPES, Precision
 from ziphius.model.transformer import Transformer
@@ -141,6 +147,12 @@ def stored_as(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.endswith(ROUTING_BIAS) else dtype
 
 
+# From which row up to which, within a tensor.
+Rows = tuple[int, int]
+# Numbers of a weight and its copy that are compared at a time.
+_COMPARED = 2**22
+
+
 class Fp8Weight(NamedTuple):
     """A matrix as an FP8 checkpoint stores it: E4M3 ``[O, I]`` and FP32 scales a block, which
     multiply (facts 4.2).
@@ -187,25 +199,34 @@ class WeightReader:
         for name, weight in named_weights(model):
             weight.copy_(self.read(name, torch.promote_types(weight.dtype, torch.float32)))
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Return one weight, dequantised to ``dtype`` if it is quantised, else as it is stored."""
-        stored = self.stored(name)
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape that the config gives a weight, or a copy beside an MTP module."""
+        return self.shapes[keys.shared_copies(self.config).get(name, name)]
+
+    def read(self, name: str, dtype: torch.dtype, rows: Rows | None = None) -> Tensor:
+        """Return one weight, dequantised to ``dtype`` if it is quantised, else as it is stored.
+
+        ``rows``: see ``stored``.
+        """
+        stored = self.stored(name, rows)
         if isinstance(stored, QuantizedWeight):
             return stored.dequantize(dtype)
         if isinstance(stored, Fp8Weight):
-            assert isinstance(self.form, tuple), "stored() has checked it"
-            return dequantize_blocks(*stored, dtype, self.form, name=name)
+            return dequantize_blocks(*stored, dtype, name=name)
         return stored
 
-    def stored(self, name: str) -> Tensor | Fp8Weight | QuantizedWeight:
-        """Return one weight as the file has it: codes and scales if it is quantised."""
+    def stored(self, name: str, rows: Rows | None = None) -> Tensor | Fp8Weight | QuantizedWeight:
+        """Return one weight as the file has it: codes and scales if it is quantised.
+
+        ``rows`` says from which row up to which; the first one must be a multiple of 128.
+        """
         if is_packed(name, self.names):
-            packed = read_packed(name, self._packed(name), self.reader)
-            if name in self.shapes:
+            packed = read_packed(name, self._packed(name), self.reader, rows)
+            if name in self.shapes and rows is None:
                 said = name + SHAPE
                 keys.require_shape(said, packed.shape, {said: self.shapes[name]})
             return packed
-        tensor = self.reader.read(name)
+        tensor = self._part(name, rows)
         if not is_quantized(name, self.names):
             return tensor
         if not isinstance(self.form, tuple):
@@ -213,7 +234,11 @@ class WeightReader:
                 f"{self.reader.folder}: {name} has FP8 scales but config.json has no "
                 "quantization_config of FP8: restore the config of the FP8 checkpoint"
             )
-        return Fp8Weight(tensor, self.reader.read(name + SCALE_SUFFIX))
+        blocks = rows and (rows[0] // TILE, -(-rows[1] // TILE))
+        return Fp8Weight(tensor, self._part(name + SCALE_SUFFIX, blocks))
+
+    def _part(self, name: str, rows: Rows | None) -> Tensor:
+        return self.reader.read(name) if rows is None else self.reader.read_rows(name, *rows)
 
     def _packed(self, name: str) -> Packed:
         if not isinstance(self.form, Packed):
@@ -233,17 +258,33 @@ class WeightReader:
                 f"{self.reader.folder}: {name} is stored as {dtype} {reason}: supported are "
                 f"{', '.join(DTYPES)}, and float8_e4m3fn with {name}{SCALE_SUFFIX}"
             )
+        if scaled:
+            scales = name + SCALE_SUFFIX
+            shape, kind = self.reader.shape(scales), self.reader.dtype(scales)
+            require_scales(name, self.shapes[name], shape, kind)
 
     def _require_equal_copies(self) -> None:
         """Check that the copies beside MTP modules are copies: the network has one of each."""
         for copy, original in keys.shared_copies(self.config).items():
-            ours, theirs = (self.read(name, torch.float32) for name in (original, copy))
-            keys.require_shape(copy, theirs.shape, {copy: tuple(ours.shape)})
-            if not ((ours == theirs) | (ours.isnan() & theirs.isnan())).all():
+            shape = self.shapes[original]
+            if copy in self.names:
+                keys.require_shape(copy, self.reader.shape(copy), {copy: shape})
+            for rows in row_ranges(shape[0], _COMPARED // shape[1]):
+                ours, theirs = (self.read(name, torch.float32, rows) for name in (original, copy))
+                keys.require_shape(copy, theirs.shape, {copy: tuple(ours.shape)})
+                if ((ours == theirs) | (ours.isnan() & theirs.isnan())).all():
+                    continue
                 raise BadInput(
                     f"{self.reader.folder}: {copy} differs from {original}, which it should copy: "
                     "load without MTP (--without-mtp, or load(..., mtp=False))"
                 )
+
+
+def row_ranges(rows: int, at_a_time: int) -> Iterator[Rows]:
+    """Cut ``rows`` rows into ranges of about so many, whole rows of FP8 blocks each."""
+    step = max(1, at_a_time // TILE) * TILE
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -16,28 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ziphius.checkpoint.files import is_weight_file
-from ziphius.config.errors import BadInput
+from ziphius.checkpoint.pieces import DTYPES, Kind, PieceReader
+from ziphius.config.errors import BadInput, in_one_line
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 * 2**30
 TORCH_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
-_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }
-)
 
 
 class _Entry(NamedTuple):
@@ -63,6 +48,7 @@ class ShardReader:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self._handles: dict[str, Any] = {}
+        self._pieces: dict[str, PieceReader] = {}
         self._identity = self._folder_identity()
         self._entries = _read_entries(self.folder)
 
@@ -81,6 +67,8 @@ class ShardReader:
         """Close every file. Tensors that were read stay valid."""
         while self._handles:
             self._handles.popitem()[1].__exit__(None, None, None)
+        while self._pieces:
+            self._pieces.popitem()[1].close()
 
     def names(self) -> frozenset[str]:
         """Return the names of all tensors."""
@@ -114,6 +102,24 @@ class ShardReader:
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{path}: {name} cannot be read: {error}: copy it again") from None
         return tensor
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Read the rows from ``start`` up to ``stop`` of one tensor, as ``read`` does all of them.
+
+        Raises OSError where the disk fails.
+        """
+        entry = self._entry(name)
+        path = self.folder / entry.file
+        try:
+            if entry.file not in self._pieces:
+                self._pieces[entry.file] = PieceReader(path)
+                self._require_same_folder()
+            kind = Kind(entry.dtype, tuple(entry.shape))
+            return self._pieces[entry.file].read(name, kind, start, stop)
+        except (EOFError, ValueError, KeyError, FileNotFoundError) as error:
+            raise BadInput(
+                f"{path}: {name} cannot be read: {in_one_line(error)}: copy it again"
+            ) from None
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
@@ -202,10 +208,10 @@ def _read_header(folder: Path, file: str) -> dict[str, _Entry]:
 
 
 def _entry(path: Path, name: str, header: Any) -> _Entry:
-    dtype = _DTYPES.get(header.get_dtype())
+    dtype = DTYPES.get(header.get_dtype())
     if dtype is None:
         raise BadInput(
-            f"{path}: {name} is stored as {header.get_dtype()}: supported are {', '.join(_DTYPES)}"
+            f"{path}: {name} is stored as {header.get_dtype()}: supported are {', '.join(DTYPES)}"
         )
     return _Entry(path.name, torch.Size(header.get_shape()), dtype)
 
@@ -318,14 +324,25 @@ def _unnamed(folder: Path, number: int) -> Path:
 
 def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
     """Give the shards their names, which contain how many there are, and write the index."""
-    count = len(shards)
-    if count == 1:
-        _unnamed(folder, 1).rename(folder / SINGLE_FILE)
-        return
     placed = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{count:05d}.safetensors"
+    for number, (names, file) in enumerate(
+        zip(shards, shard_files(len(shards)), strict=True), start=1
+    ):
         _unnamed(folder, number).rename(folder / file)
         placed.update(dict.fromkeys(names, file))
+    write_index(folder, placed, total)
+
+
+def shard_files(count: int) -> list[str]:
+    """Return the names of so many weight files: one has no number."""
+    if count == 1:
+        return [SINGLE_FILE]
+    return [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+
+
+def write_index(folder: Path, placed: Mapping[str, str], total: int) -> None:
+    """Write which file every tensor is in, and the bytes of all; a single file needs no index."""
+    if set(placed.values()) == {SINGLE_FILE}:
+        return
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", "utf-8")

@@ -20,7 +20,7 @@ A tile with a number that is not finite becomes NaN as a whole, as in ``quantize
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,30 @@ class E5M6(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
         return self.packed.nbytes + self.scales.nbytes
+
+
+class Version(Protocol):
+    """A version of this file's functions."""
+
+    def encode(self, x: Tensor) -> E5M6:
+        """Do what the function ``encode`` does."""
+        ...
+
+    def decode(self, q: E5M6, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Do what the function ``decode`` does."""
+        ...
+
+
+class TorchE5M6:
+    """The functions below."""
+
+    def encode(self, x: Tensor) -> E5M6:
+        """Do what the function ``encode`` does."""
+        return encode(x)
+
+    def decode(self, q: E5M6, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Do what the function ``decode`` does."""
+        return decode(q, width, dtype)
 
 
 def encode(x: Tensor) -> E5M6:
@@ -108,3 +132,6 @@ def _unpack(packed: Tensor) -> Tensor:
     pairs = (words >> 12).bitwise_left_shift_(20)
     pairs |= words.bitwise_and_(0xFFF).bitwise_left_shift_(4)
     return pairs.view(torch.float16).flatten(-2)
+
+
+VERSIONS: dict[str, type[Version]] = {"torch": TorchE5M6}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ziphius.kernels.e5m6 import Version
 from ziphius.kernels.kept import KeptOutput
 from ziphius.kernels.quantize import E4M3, Fp8, Quantize
 from ziphius.kernels.swiglu_fp8 import SwigluFp8
@@ -66,6 +67,7 @@ class Arithmetic:
     masked: Callable[[Fp8, Fp8, Tensor, torch.dtype], Tensor]
     along_k: Callable[[Fp8, Fp8, Tensor, torch.dtype], Tensor]
     swiglu: SwigluFp8
+    e5m6: Version
     power_of_two: bool = False
 
     def operand(self, x: Operand, *, power_of_two: bool = False) -> Tiled:
@@ -74,6 +76,10 @@ class Arithmetic:
             return x
         tiles = self.quantize.tiles(x.detach(), power_of_two=power_of_two or self.power_of_two)
         return Tiled(x, tiles.codes, tiles.scales)
+
+    def keep_output(self, width: int) -> KeptOutput:
+        """Return what takes the output of attention, whose heads have ``width`` columns."""
+        return KeptOutput(width, self.e5m6)
 
     @torch.no_grad()
     def weight(self, weight: Tensor) -> Fp8Weight:
@@ -178,15 +184,18 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dx = how.gemm(dout, ctx.form.transposed, dout_NO.dtype).view(ctx.shape)
         if ctx.needs_input_grad[3]:
-            dweight = how.gemm(turned, _turned_input(ctx), ctx.weight_dtype)
+            dweight = how.gemm(turned, _turned_input(ctx, dout_NO.dtype), ctx.weight_dtype)
         return None, dx, None, dweight, None, None, None
 
 
-def _turned_input(ctx: Any) -> Fp8:
-    """Turn the kept input. In E5M6 its scales are powers of two, and then so are the new ones."""
+def _turned_input(ctx: Any, dtype: torch.dtype) -> Fp8:
+    """Turn the kept input. In E5M6 its scales are powers of two, and then so are the new ones.
+
+    BF16 holds E5M6 exactly.
+    """
     how: Arithmetic = ctx.how
     if ctx.kept is not None:
-        rows = ctx.kept.rows(ctx.saved_tensors, ctx.shape[-1], torch.float32)
+        rows = ctx.kept.rows(ctx.saved_tensors, ctx.shape[-1], dtype)
         return how.quantize.turn(rows.flatten(0, -2), power_of_two=True)
     codes, scales = ctx.saved_tensors
     kept = Fp8(codes.flatten(0, -2), scales.flatten(0, -2))

@@ -15,15 +15,15 @@ class KeptOutput:
     Attention's own backward and the output projection's weight gradient read it (facts 4.1).
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, version: e5m6.Version) -> None:
         """``width`` is that of a head; attention may give more columns, which are padding."""
-        self.width = width
+        self.width, self.version = width, version
         self.tensors: tuple[Tensor, ...] = ()
 
     def keep(self, out_BHTv: Tensor) -> tuple[Tensor, ...]:
         """Encode the heads' outputs, as rows ``[B, T, H * v]``; return what is to be saved."""
         rows_BTo = out_BHTv[..., : self.width].transpose(1, 2).flatten(-2)
-        self.tensors = tuple(e5m6.encode(rows_BTo))
+        self.tensors = tuple(self.version.encode(rows_BTo))
         return self.tensors
 
     def restore(self, tensors: tuple[Tensor, ...], like_BHTv: Tensor) -> Tensor:
@@ -35,4 +35,4 @@ class KeptOutput:
 
     def rows(self, tensors: tuple[Tensor, ...], width: int, dtype: torch.dtype) -> Tensor:
         """Decode what was saved, as rows ``[B, T, width]``."""
-        return e5m6.decode(e5m6.E5M6(*tensors), width, dtype)
+        return self.version.decode(e5m6.E5M6(*tensors), width, dtype)

@@ -20,6 +20,7 @@ from ziphius.kernels import (
     adamw,
     attention,
     choose,
+    e5m6,
     expand,
     gemm,
     grouped,
@@ -69,6 +70,7 @@ OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
     "masked_gemm": (grouped_gemm.MASKED_VERSIONS, None),
     "along_k": (grouped_gemm.ALONG_K_VERSIONS, None),
     "swiglu_fp8": (swiglu_fp8.VERSIONS, None),
+    "e5m6": (e5m6.VERSIONS, None),
     "permute_tiles": (permute.TILES_VERSIONS, None),
     "norm_tiles": (norm.TILES_VERSIONS, None),
 }
@@ -87,8 +89,9 @@ ON_GPUS: Mapping[str, tuple[str, str]] = {
     "masked_gemm": ("grouped_gemm", "masked_gemm_triton"),
     "along_k": ("grouped_gemm", "grouped_gemm_along_k_triton"),
     "swiglu_fp8": ("swiglu_fp8", "TritonSwigluFp8"),
+    "e5m6": ("e5m6", "TritonE5M6"),
     "permute_tiles": ("permute", "permute_tiles_triton"),
-    "norm_tiles": ("norm", "norm_operand_triton"),
+    "norm_tiles": ("norm_operand", "norm_operand_triton"),
     "route": ("route", "route_triton"),
     "sort": ("permute", "sort_by_slot_triton"),
 }
@@ -136,6 +139,7 @@ class Kernels:
     masked_gemm: str = "reference"
     along_k: str = "reference"
     swiglu_fp8: str = "torch"
+    e5m6: str = "torch"
     permute_tiles: str = "torch"
     norm_tiles: str = "two_steps"
     library: Library | None = None
@@ -171,6 +175,7 @@ class Kernels:
             masked=self.function("masked_gemm"),
             along_k=self.function("along_k"),
             swiglu=self.function("swiglu_fp8")(),
+            e5m6=self.function("e5m6")(),
             power_of_two=power_of_two,
         )
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ziphius.config.model import ModelConfig
 from ziphius.kernels import attention
 from ziphius.kernels.fp8 import Operand
-from ziphius.kernels.kept import KeptOutput
 from ziphius.kernels.latent import LatentPages
 from ziphius.kernels.select import Kernels
 from ziphius.kernels.stored import Codes
@@ -87,7 +86,8 @@ class MLA(nn.Module):
             return self.core(self.project(x_BTD, rope, cache), cache)
         q_BHTd, k_BHTd, v_BHTv = self.expand(*self.compress(x_BTD), rope)
         # Backward of attention and of the output projection read one copy, in twelve bits.
-        kept = KeptOutput(self.v) if self.o_proj.fp8 is not None else None
+        fp8 = self.o_proj.fp8
+        kept = None if fp8 is None else fp8.keep_output(self.v)
         out_BHTv = self.attention(q_BHTd, k_BHTd, v_BHTv, self.scale, documents_BT, kept)
         return self.o_proj(out_BHTv[..., : self.v].transpose(1, 2).flatten(-2), kept)
 

@@ -7,6 +7,8 @@ are stored in FP32; exact bits of BF16 are a matter for a GPU.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,13 +19,34 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True, scope="session")
+def bounds_of_loops() -> Iterator[None]:
+    """Let loops end at a kernel's argument: Triton 3.6 takes an array of one number for an integer,
+    which numpy refuses from 2.4 on.
+    """
+    if ON_GPU:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang_tensor", patched)
+        yield
+
+
+@pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where kernels run."""
+    """Where kernels run; one for a session, as hypothesis wants of what examples share."""
     return torch.device("cuda" if ON_GPU else "cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def storage() -> torch.dtype:
     """How activations are stored."""
     return torch.bfloat16 if ON_GPU else torch.float32

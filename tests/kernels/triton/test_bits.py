@@ -104,3 +104,41 @@ def test_quotients_are_rounded_as_divisions(device: torch.device, power_of_two: 
     out = torch.empty_like(inputs[0], dtype=torch.uint8)
     _encode[(len(out) // BLOCK,)](*inputs, out, power_of_two, bits.interpreted(), BLOCK)
     assert torch.equal(out.cpu()[: len(x)], expected)
+
+
+def hard_quotients() -> tuple[Tensor, Tensor]:
+    """Numbers and scales whose quotients lie beside a tie of codes by as little as there is.
+
+    In integers: a scale ``S`` of 24 bits, a tie of ``k / 16``. ``X / S`` is within a hair of half a
+    last place of the tie only if ``S`` is within a few of a multiple of 2^19.
+    """
+    multiple = torch.arange(16, 33)[:, None] * 2**19
+    scale = (multiple + torch.arange(-64, 65)).flatten()
+    scale = scale[(scale >= 2**23) & (scale < 2**24)]
+    tie = torch.arange(16, 32)
+    product = scale[:, None, None] * tie[None, :, None]
+    step = torch.where(product >= 2**28, 32, 16)
+    x = (product // step + torch.arange(-2, 4)) * step
+    return x.flatten().float() / 16, scale[:, None, None].expand_as(x).flatten().float()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_quotients_beside_ties_by_the_least_there_is(device: torch.device) -> None:
+    x, scale = hard_quotients()
+    expected = codes_of(x / scale)
+    inputs = padded(x, device), padded(scale, device)
+    out = torch.empty_like(inputs[0], dtype=torch.uint8)
+    _encode[(len(out) // BLOCK,)](*inputs, out, False, bits.interpreted(), BLOCK)
+    assert torch.equal(out.cpu()[: len(x)], expected)
+
+
+def test_one_correction_of_a_product_with_the_reciprocal_is_on_the_divisions_side() -> None:
+    """What the kernel computes on a GPU, here: FP64 holds these products and sums exactly."""
+    x, scale = (t.double() for t in hard_quotients())
+    reciprocal = (1 / scale).float().double()
+    first = (x * reciprocal).float().double()
+    rest = (first * scale - x).float().double()
+    quotient = (first - rest * reciprocal).float()
+    assert torch.equal(codes_of(quotient), codes_of((x / scale).float()))
+    # Without the correction some are not: these are hard.
+    assert not torch.equal(codes_of(first.float()), codes_of((x / scale).float()))

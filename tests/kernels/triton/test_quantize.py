@@ -8,12 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.triton.support import ON_GPU, assert_same, on_cpu
+from tests.kernels.triton.support import DEVICE, ON_GPU, STORAGE, assert_same, on_cpu
 from ziphius.kernels.quantize import Fp8, TorchQuantize, turned_width
 from ziphius.kernels.triton.quantize import CANDIDATES, Launch, TritonQuantize
 
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-STORAGE = torch.bfloat16 if ON_GPU else torch.float32
 reference = TorchQuantize()
 ours = TritonQuantize()
 few = settings(max_examples=40 if ON_GPU else 12)
@@ -159,11 +157,13 @@ def test_no_rows(counts: list[int] | None) -> None:
 
 @pytest.mark.parametrize("launch", CANDIDATES)
 def test_every_candidate_of_a_launch(launch: Launch) -> None:
-    x, counts_E = numbers(200, 260, seed=7), segments(200, 5, 7)
+    x, counts_E = numbers(150, 140, seed=7), segments(150, 3, 7)
     candidate = TritonQuantize(launch)
     assert_same(candidate.tiles(x), reference.tiles(on_cpu(x)))
     expected = reference.turn(on_cpu(x), on_cpu(counts_E))
     assert_same(candidate.turn(x, counts_E), expected)
+    assert_same(candidate.both(x, counts_E)[1], expected)
+    assert_same(candidate.blocks(x)[0], reference.blocks(on_cpu(x))[0])
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter is too slow for layers of real sizes")

@@ -9,25 +9,48 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.quantize import E4M3, TILE, Fp8, tile_count, turned_width
+from ziphius.kernels.quantize import TILE, Fp8, tile_count
 from ziphius.kernels.triton.bits import encode, interpreted, magnitude, scale_of_magnitude
+from ziphius.kernels.triton.groups import (
+    block_of_experts,
+    codes_of,
+    empty_fp8,
+    empty_tiles,
+    empty_turned,
+    load_square,
+    locate,
+    rows_of,
+    store_groups,
+    store_turned,
+)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How much a program takes: groups of 128 numbers, or channels of a turned square."""
+    """How much a program takes, of which operation.
+
+    ``groups`` of 128 numbers of tiles; 128 rows of ``channels`` of a turned matrix; for both at
+    once a square of 128, ``lines`` rows and then ``channels`` at a time.
+    """
 
     groups: int = 32
     channels: int = 64
+    lines: int = 64
     warps: int = 4
+    square_warps: int = 8
+    block_warps: int = 16
 
 
-CANDIDATES = (Launch(), Launch(groups=16), Launch(64, 128, 8), Launch(64, 64, 8), Launch(16, 32, 4))
+CANDIDATES = (
+    Launch(),
+    Launch(groups=16, channels=32, lines=32),
+    Launch(groups=64, channels=128, lines=128, warps=8),
+    Launch(groups=64, channels=64, lines=128, warps=8, square_warps=16, block_warps=8),
+)
 
 
 class TritonQuantize:
@@ -97,7 +120,7 @@ class TritonQuantize:
     ) -> tuple[Fp8, Fp8]:
         """Return ``x`` in tiles, and turned, of one reading."""
         x_MC = rows_of(x_MC)
-        rows, columns = x_MC.shape
+        (rows, columns), size = x_MC.shape, self.launch
         tiles = empty_tiles(x_MC.shape, x_MC.device)
         turned = empty_turned(rows, columns, counts_E, x_MC.device)
         if turned.scales.numel():
@@ -113,10 +136,12 @@ class TritonQuantize:
                 columns,
                 turned.codes.shape[1],
                 0 if counts_E is None else len(counts_E),
+                LINES=size.lines,
+                CHANNELS=size.channels,
                 EXPERTS=block_of_experts(counts_E),
                 POWER_OF_TWO=power_of_two,
                 INTERPRETED=interpreted(),
-                num_warps=8,
+                num_warps=size.square_warps,
             )
         return tiles, turned
 
@@ -125,8 +150,8 @@ class TritonQuantize:
         weight = weight.contiguous()
         *stack, rows, columns = weight.shape
         grid = tile_count(columns), tile_count(rows), prod(stack)
-        q = _empty((*stack, rows, columns), (*stack, grid[1], grid[0]), TILE, weight.device)
-        t = _empty((*stack, columns, rows), (*stack, grid[0], grid[1]), TILE, weight.device)
+        q = empty_fp8((*stack, rows, columns), (*stack, grid[1], grid[0]), TILE, weight.device)
+        t = empty_fp8((*stack, columns, rows), (*stack, grid[0], grid[1]), TILE, weight.device)
         if weight.numel():
             _blocks_kernel[grid](
                 weight,
@@ -138,112 +163,9 @@ class TritonQuantize:
                 columns,
                 POWER_OF_TWO=power_of_two,
                 INTERPRETED=interpreted(),
-                num_warps=8,
+                num_warps=self.launch.block_warps,
             )
         return q, t
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """View ``[..., C]`` as ``[M, C]`` with the numbers of a row side by side, or copy it."""
-    x_MC = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(0, 0)
-    return x_MC if x_MC.stride(-1) == 1 or x_MC.shape[-1] == 1 else x_MC.contiguous()
-
-
-def codes_of(q: Fp8) -> Tensor:
-    """View codes as the bytes that a kernel stores."""
-    return q.codes.view(torch.uint8)
-
-
-def empty_tiles(shape: torch.Size, device: torch.device) -> Fp8:
-    """Make room for a matrix in tiles."""
-    return _empty(shape, (*shape[:-1], tile_count(shape[-1])), 1, device)
-
-
-def empty_turned(rows: int, columns: int, counts_E: Tensor | None, device: torch.device) -> Fp8:
-    """Make room for a turned matrix of ``rows`` rows."""
-    width = turned_width(rows, 1 if counts_E is None else len(counts_E))
-    return _empty((columns, width), (columns, width // TILE), 1, device)
-
-
-def _empty(shape: tuple[int, ...], scales: tuple[int, ...], rows: int, device: torch.device) -> Fp8:
-    codes = torch.empty(shape, dtype=E4M3, device=device)
-    return Fp8(codes, torch.empty(scales, dtype=torch.float32, device=device), rows)
-
-
-def block_of_experts(counts_E: Tensor | None) -> int:
-    """Return the power of two of counts that ``locate`` reads, 0 without segments."""
-    return 0 if counts_E is None else triton.next_power_of_2(len(counts_E))
-
-
-@triton.jit
-def locate(
-    counts: tl.tensor, tile: tl.tensor, rows: tl.tensor, experts: tl.tensor, EXPERTS: tl.constexpr
-) -> tl.tensor:
-    """Return the first row of 128 columns of a turned matrix, and how many rows are theirs.
-
-    The second may be more than 128, or less than one where no row fills the columns.
-    """
-    if EXPERTS == 0:
-        first = tile * 128
-        filled = rows - first
-    else:
-        expert = tl.arange(0, EXPERTS)
-        count = tl.load(counts + expert, mask=expert < experts, other=0).to(tl.int32)
-        tiles = (count + 127) // 128
-        past = tl.cumsum(tiles, 0) <= tile
-        within = (tile - tl.sum(tl.where(past, tiles, 0), 0)) * 128
-        first = tl.sum(tl.where(past, count, 0), 0) + within
-        own = expert == tl.sum(past.to(tl.int32), 0)
-        filled = tl.sum(tl.where(own, count, 0), 0) - within
-    return first, filled
-
-
-@triton.jit
-def largest(x: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
-    """Return the largest ``magnitude`` along an axis, which stays as one."""
-    return tl.max(magnitude(x), AXIS, keep_dims=True)
-
-
-@triton.jit
-def store_groups(
-    x: tl.tensor,
-    codes: tl.tensor,
-    scales: tl.tensor,
-    row: tl.tensor,
-    tile: tl.tensor,
-    columns: tl.tensor,
-    valid: tl.tensor,
-    POWER_OF_TWO: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-) -> None:
-    """Quantise groups, ``[G, 128]``, and store them at their rows and tiles, each [G, 1]."""
-    scale = scale_of_magnitude(largest(x, 1), POWER_OF_TWO)
-    column = tile * 128 + tl.arange(0, 128)[None, :]
-    mask = valid & (column < columns)
-    code = encode(x, scale, POWER_OF_TWO, INTERPRETED)
-    tl.store(codes + row * columns + column, code, mask=mask)
-    tl.store(scales + row * tl.cdiv(columns, 128) + tile, scale, mask=valid)
-
-
-@triton.jit
-def store_turned(
-    x: tl.tensor,
-    codes: tl.tensor,
-    scales: tl.tensor,
-    channel: tl.tensor,
-    tile: tl.tensor,
-    columns: tl.tensor,
-    width: tl.tensor,
-    POWER_OF_TWO: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-) -> None:
-    """Quantise the columns of ``[128, channels]`` and store them as rows; ``channel`` is [1, C]."""
-    scale = scale_of_magnitude(largest(x, 0), POWER_OF_TWO)
-    code = tl.trans(encode(x, scale, POWER_OF_TWO, INTERPRETED))
-    at = tl.trans(channel).to(tl.int64)
-    place = tile.to(tl.int64) * 128 + tl.arange(0, 128)[None, :]
-    tl.store(codes + at * width + place, code, mask=at < columns)
-    tl.store(scales + channel.to(tl.int64) * (width // 128) + tile, scale, mask=channel < columns)
 
 
 @triton.jit
@@ -258,13 +180,13 @@ def _tiles_kernel(
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    group = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS))[:, None]
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     tiles = tl.cdiv(columns, 128)
     row, tile = (group // tiles).to(tl.int64), group % tiles
-    column = tile * 128 + tl.arange(0, 128)[None, :]
-    mask = (group < groups) & (column < columns)
-    number = tl.load(x + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     valid = group < groups
+    column = (tile * 128)[:, None] + tl.arange(0, 128)[None, :]
+    at = x + (row * stride)[:, None] + column
+    number = tl.load(at, mask=valid[:, None] & (column < columns), other=0.0).to(tl.float32)
     store_groups(number, codes, scales, row, tile, columns, valid, POWER_OF_TWO, INTERPRETED)
 
 
@@ -287,15 +209,15 @@ def _turn_kernel(
 ) -> None:
     tile = tl.program_id(1)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
-    line = tl.arange(0, 128)[:, None]
-    row = (first + line).to(tl.int64)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    mask = (line < filled) & (channel < columns)
-    number = tl.load(x + row * stride + channel, mask=mask, other=0.0).to(tl.float32)
+    line = tl.arange(0, 128)
+    row, valid = (first + line).to(tl.int64), line < filled
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    number = load_square(x, row, valid, stride, channel, columns)
     if x_scales is not None:
         own = row * tl.cdiv(columns, 128) + tl.program_id(0) * CHANNELS // 128
-        number *= tl.load(x_scales + own, mask=line < filled, other=0.0)
-    store_turned(number, codes, scales, channel, tile, columns, width, POWER_OF_TWO, INTERPRETED)
+        number *= tl.load(x_scales + own, mask=valid, other=0.0)[:, None]
+    place = channel.to(tl.int64)
+    store_turned(number, codes, scales, place, tile, columns, width, POWER_OF_TWO, INTERPRETED)
 
 
 @triton.jit
@@ -311,32 +233,38 @@ def _both_kernel(
     columns: tl.tensor,
     width: tl.tensor,
     experts: tl.tensor,
+    LINES: tl.constexpr,
+    CHANNELS: tl.constexpr,
     EXPERTS: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    tile = tl.program_id(1)
+    tile, group = tl.program_id(1), tl.program_id(0)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
-    line = tl.arange(0, 128)[:, None]
-    row = (first + line).to(tl.int64)
-    group = tl.program_id(0)
-    channel = group * 128 + tl.arange(0, 128)[None, :]
-    mask = (line < filled) & (channel < columns)
-    number = tl.load(x + row * stride + channel, mask=mask, other=0.0).to(tl.float32)
-    store_groups(
-        number, codes, scales, row, group, columns, line < filled, POWER_OF_TWO, INTERPRETED
-    )
-    store_turned(
-        number,
-        turned_codes,
-        turned_scales,
-        channel,
-        tile,
-        columns,
-        width,
-        POWER_OF_TWO,
-        INTERPRETED,
-    )
+    for part in tl.static_range(128 // LINES):
+        line = part * LINES + tl.arange(0, LINES)
+        row, valid = (first + line).to(tl.int64), line < filled
+        own = group + tl.zeros_like(line)
+        channel = group * 128 + tl.arange(0, 128)
+        number = load_square(x, row, valid, stride, channel, columns)
+        store_groups(number, codes, scales, row, own, columns, valid, POWER_OF_TWO, INTERPRETED)
+    # Read again, from a cache: registers that held the square all along would be too many.
+    for part in tl.static_range(128 // CHANNELS):
+        line = tl.arange(0, 128)
+        channel = group * 128 + part * CHANNELS + tl.arange(0, CHANNELS)
+        row = (first + line).to(tl.int64)
+        number = load_square(x, row, line < filled, stride, channel, columns)
+        store_turned(
+            number,
+            turned_codes,
+            turned_scales,
+            channel.to(tl.int64),
+            tile,
+            columns,
+            width,
+            POWER_OF_TWO,
+            INTERPRETED,
+        )
 
 
 @triton.jit

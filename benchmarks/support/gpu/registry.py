@@ -1,0 +1,33 @@
+"""Every entry of ``kernels.py``, by section, at the report's sizes, at a processor's, and tiny."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from support.gpu import attention, moves, products, rows, weights
+from support.gpu.entry import Entry, Place
+
+Size = Literal["full", "small", "toy"]
+Make = Callable[[Place, Any], list[Entry]]
+
+# The first are the most important: a budget that ends early leaves the last sections out.
+SECTIONS: Mapping[str, tuple[Make, Any]] = {
+    "gemm": (products.dense, products),
+    "decode": (attention.decode, attention),
+    "quantize": (rows.quantisers, rows),
+    "grouped": (products.grouped, products),
+    "permute": (moves.moves, moves),
+    "swiglu": (rows.activations, rows),
+    "norm": (rows.norms, rows),
+    "prefill": (attention.prefill, attention),
+    "router": (moves.routers, moves),
+    "loss": (moves.losses, moves),
+    "weights": (weights.weight_only, weights),
+}
+
+
+def entries(section: str, place: Place, size: Size) -> list[Entry]:
+    """Return a section's entries."""
+    make, module = SECTIONS[section]
+    return make(place, getattr(module, size.upper()))
