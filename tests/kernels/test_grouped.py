@@ -52,9 +52,7 @@ def test_versions_have_the_gradients_of_the_reference(version: str, counts: list
 def test_gradients_by_differences(version: str, counts: list[int]) -> None:
     x_MI = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     weight_EOI = torch.randn(len(counts), 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda x, w: run(version, x, w, counts), (x_MI, weight_EOI)
-    )
+    assert torch.autograd.gradcheck(lambda x, w: run(version, x, w, counts), (x_MI, weight_EOI))
 
 
 @pytest.mark.parametrize("version", VERSIONS)

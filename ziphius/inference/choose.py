@@ -43,6 +43,13 @@ def choose_device(name: str | torch.device) -> torch.device:
     return torch.device("cuda", number)
 
 
+def device_name(device: torch.device) -> str:
+    """Return what to print of a device: of a GPU its make, too."""
+    if device.type != "cuda":
+        return str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
 def choose_kernels(
     name: str,
     folder: str | os.PathLike[str] | None = None,
