@@ -34,7 +34,7 @@ from ziphius.kernels import fp8
 from ziphius.kernels.integers import QuantizedWeight, group_width, groups
 from ziphius.kernels.mixture import Expert
 from ziphius.kernels.quantize import E4M3, TILE, Fp8, tile_count
-from ziphius.kernels.select import Kernels
+from ziphius.kernels.select import TRITON, Kernels
 from ziphius.kernels.stored import Codes, Weight
 from ziphius.model.experts import ExpertStore, StackedExperts
 from ziphius.model.ffn import MixtureOfExperts
@@ -45,6 +45,7 @@ from ziphius.model.weights import ROUTING_BIAS
 
 FORMS = {8: "int8", 4: "int4"}
 STEP = 32  # columns that products take at a time: groups are whole ones
+ON_GPU = (torch.bfloat16, torch.float32)
 Form = tuple[int, int] | Packed  # the block of FP8, or packed integers
 
 
@@ -94,6 +95,9 @@ def load_in_place(
     if in_fp8 and isinstance(form, tuple):
         whole = raw["quantization_config"].get("scale_fmt") == "ue8m0"
         precision = replace(precision, fp8=True, power_of_two=whole)
+    if kernels.latent == TRITON and chosen not in ON_GPU:
+        name = str(chosen).removeprefix("torch.")
+        raise BadInput(f"dtype = {name}: kernels for GPUs compute in bfloat16 or float32: say which")
     if expert_bytes is not None and kernels.function("mixture") is None:
         raise BadInput(
             "experts that are read when they are chosen need kernels that take them in place: "

@@ -12,6 +12,7 @@ from torch import Tensor
 from ziphius.config.errors import BadInput
 from ziphius.inference.sequence import Chunk
 from ziphius.kernels.latent import TILE, LatentPages
+from ziphius.kernels.select import TRITON
 from ziphius.model.rope import Rope
 from ziphius.model.transformer import Transformer
 
@@ -26,6 +27,8 @@ class PagedCache:
     def __init__(self, model: Transformer, n_pages: int, page_size: int) -> None:
         if page_size < 1 or page_size % TILE:
             raise BadInput(f"page_size = {page_size}: use a multiple of {TILE}")
+        if model.kernels.latent == TRITON and page_size & (page_size - 1):
+            raise BadInput(f"page_size = {page_size}: on a GPU use a power of two")
         c = model.config
         layers = len(model.layers) + len(model.mtp)
         width = c.kv_lora_rank + c.qk_rope_head_dim

@@ -25,5 +25,5 @@ def linear_triton(x: Tensor, weight_OI: Weight, dtype: torch.dtype) -> Tensor:
     if weight_OI.form == "fp8" and weight_OI.group == weight_OI.scale_rows == TILE:
         out_NO = gemm_triton(TritonQuantize().tiles(x_NI), weight_OI.blocks, dtype)
     else:
-        out_NO = weight_only_triton(x_NI, weight_OI, dtype)
+        out_NO = weight_only_triton(x_NI, weight_OI)
     return out_NO.view(*x.shape[:-1], -1)
