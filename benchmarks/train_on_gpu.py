@@ -3,7 +3,7 @@
 Everyone trains the same network (no MTP) from the same weights on the same tokens, in a process of
 its own: ours in BF16 and in FP8, transformers with FP32 weights under BF16 autocast, as ours has
 them, and all in BF16. First each makes some steps whose losses are compared, then they take turns;
-a turn begins with a step that does not count. MFU divides by a measured product in BF16, FP8 or not.
+a turn begins with a step that does not count. MFU divides by a product in BF16, FP8 or not.
 Without a GPU the preset is ``tiny``, which says nothing of one: ``measured_on_gpu`` is then false.
 The last line is one JSON object.
 
@@ -36,6 +36,7 @@ from support.gpu.process import Gone, Line, Process
 from support.gpu.profile import missing, profile_step
 from support.gpu.training import Job, Ours, Theirs, peak_gib
 
+from ziphius.config.errors import BadInput
 from ziphius.model.count import count, training_flops
 from ziphius.training.machine import peak_flops
 
@@ -131,11 +132,13 @@ def compare(job: Job, names: Sequence[str], ends: float, rounds: int) -> dict[st
             began = time.monotonic()
             request = {"do": "turn", "with": {"steps": TURN}}
             for name in names:
-                _ask(running, found, name, ends + 60, request, f"turn {turns + 1}", add="turns")
+                _ask(
+                    running, found, name, ends, request, f"turn {turns + 1}", least=60, add="turns"
+                )
             took, turns = time.monotonic() - began, turns + 1
         if running:
             first = next(iter(running.values()))
-            found["peak_flops"] = first.ask({"do": "peak"}, 60)["flops"]
+            found["peak_flops"] = first.ask({"do": "peak"}, 60).get("flops")
     finally:
         for one in running.values():
             one.close()
@@ -151,16 +154,17 @@ def _ask(
     what: str,
     *,
     share: float = 1.0,
+    least: float = 5.0,
     add: str = "",
 ) -> None:
     """Ask one for something, or wait for what was asked; note the answer, drop who failed.
 
-    It may take a ``share`` of the time that is left.
+    It may take a ``share`` of the time that is left, and ``least`` seconds whatever is left.
     """
     if name not in running:
         return
     one, left = running[name], ends - time.monotonic()
-    seconds = max(5.0, left * share)
+    seconds = max(least, left * share)
     try:
         answer = one.answer(seconds) if request is None else one.ask(request, seconds)
     except Gone as gone:
@@ -290,6 +294,10 @@ def main() -> None:
     device = "cuda" if gpu else "cpu"
     sizes = (options.batch, options.micro, options.length)
     job = Job(options.recipe, options.set, device, *sizes)
+    try:
+        job.load()
+    except BadInput as error:
+        parser.error(str(error))
     about = {**circumstances(), "measured_on_gpu": gpu}
     if options.profile:
         found = profile_step(job)

@@ -7,4 +7,23 @@ from collections.abc import Mapping, Sequence
 # Of an FP8 training step: the operation, and the functions that a profile names.
 STEP: Mapping[str, Sequence[str]] = {
     "attention": ("forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"),
+    "quantisers": ("_tiles_kernel", "_blocks_kernel", "_turn_kernel", "_both_kernel"),
+    # Dense and grouped products are one kernel; segments need a table each, along K another.
+    "products": ("_product_kernel", "_rows_kernel", "_groups_kernel"),
+    "router": ("route_kernel", "route_backward_kernel"),
+    "sort": ("_count_kernel", "_scan_kernel", "_place_kernel"),
+    "dispatch": ("_permute_tiles_kernel",),
+    "combine": ("_unpermute_kernel",),
+    "norm": ("_forward_kernel", "_backward_kernel", "_sum_kernel"),
+    "kept output": ("_encode_kernel", "_decode_kernel"),
+    "loss": ("cross_entropy_kernel",),
+}
+# Of an answer: decoding over the paged cache.
+ANSWER: Mapping[str, Sequence[str]] = {
+    "latent": ("append_kernel", "turn_kernel", "attend_kernel", "merge_kernel"),
+}
+# What neither has, and why.
+SELDOM: Mapping[str, str] = {
+    "reach_kernel": "rows of several documents with pretrain's document mask",
+    "_permute_kernel": "dispatch in BF16, and the gradient of combining",
 }

@@ -194,7 +194,8 @@ def routers(place: Place, sizes: Sizes) -> list[Entry]:
     def ours(x: Scores) -> Any:
         from ziphius.kernels.triton.route import route_triton
 
-        return route_triton(*x, TOP_K, GROUPS, TOP_GROUPS, normalise=True, scale=SCALE)
+        rule = {"top_k": TOP_K, "n_group": GROUPS, "topk_group": TOP_GROUPS}
+        return route_triton(*x, **rule, normalise=True, scale=SCALE)
 
     def plain(x: Scores) -> Sequence[Tensor]:
         scores_NE = x.logits_NE.sigmoid()

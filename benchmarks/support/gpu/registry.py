@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from support.gpu import attention, moves, products, rows, weights
+from support.gpu import attention, moves, passes, products, rows, weights
 from support.gpu.entry import Entry, Place
 
 Size = Literal["full", "small", "toy"]
@@ -18,8 +18,8 @@ SECTIONS: Mapping[str, tuple[Make, Any]] = {
     "quantize": (rows.quantisers, rows),
     "grouped": (products.grouped, products),
     "permute": (moves.moves, moves),
-    "swiglu": (rows.activations, rows),
-    "norm": (rows.norms, rows),
+    "swiglu": (passes.activations, passes),
+    "norm": (passes.norms, passes),
     "prefill": (attention.prefill, attention),
     "router": (moves.routers, moves),
     "loss": (moves.losses, moves),
