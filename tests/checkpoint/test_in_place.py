@@ -11,7 +11,8 @@ import ziphius
 from tests.checkpoint.limited import WIDE, large_checkpoint, run_limited
 from tests.support import random_model, random_tokens, tiny_config
 from ziphius.checkpoint.convert import convert
-from ziphius.checkpoint.in_place import LazyExperts, load_in_place
+from ziphius.checkpoint.expert_stores import LazyExperts
+from ziphius.checkpoint.in_place import load_in_place
 from ziphius.inference.engine import Engine, EngineOptions
 from ziphius.inference.params import SamplingParams
 from ziphius.kernels.select import answering_kernels

@@ -265,7 +265,7 @@ def test_one_bad_prompt_refuses_the_batch(compiled: dict[str, Any]) -> None:
     [
         ({"cache_token": 9}, "unknown option 'cache_token'; did you mean 'cache_tokens'"),
         ({"exact": False}, "unknown option 'exact'"),
-        ({"kernels": "cuda"}, "kernels = 'cuda': use auto, compiled or torch"),
+        ({"kernels": "cuda"}, "kernels = 'cuda': use auto, compiled, torch or triton"),
         ({"kernels": "torch", "cache_tokens": 0}, "holds nothing"),
         ({"kernels": "torch", "speculation": "no"}, "use off, auto or on"),
         ({"kernels": "torch", "draft_depth": 0}, "draft depth = 0"),

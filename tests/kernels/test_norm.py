@@ -5,9 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from ziphius.kernels.norm import rms_norm, rms_norm_reference
+from ziphius.kernels.norm import (
+    norm_backward_reference,
+    norm_tiles_reference,
+    rms_norm,
+    rms_norm_reference,
+)
+from ziphius.kernels.quantize import quantize_tiles
 
 VERSIONS = {"reference": rms_norm_reference, "recomputed": rms_norm}
 
@@ -81,3 +89,33 @@ def test_nothing_of_the_inputs_size_is_kept_but_the_input() -> None:
         rms_norm(x, weight, 1e-6)
     assert sorted(t.numel() for t in kept) == [5, 6, 30]
     assert any(t.data_ptr() == x.data_ptr() for t in kept)
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(1, 20),
+    st.integers(1, 300),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+)
+def test_the_tiles_are_those_of_the_norm_as_it_is_returned(
+    M: int, D: int, dtype: torch.dtype, power_of_two: bool
+) -> None:
+    x, weight = (torch.randn(M, D) * 3).to(dtype), torch.randn(D)
+    value, q, inverse_root = norm_tiles_reference(x, weight, 1e-6, power_of_two=power_of_two)
+    assert torch.equal(value, rms_norm(x, weight, 1e-6))
+    expected = quantize_tiles(value, power_of_two=power_of_two)
+    assert torch.equal(q.codes.view(torch.uint8), expected.codes.view(torch.uint8))
+    assert torch.equal(q.scales, expected.scales)
+    exact = 1 / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(inverse_root.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_backward_of_what_was_kept_is_autograds() -> None:
+    x = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    dout = torch.randn(2, 5, 7, dtype=torch.float64)
+    rms_norm_reference(x, weight, 1e-2).backward(dout)
+    kept = norm_tiles_reference(x.detach(), weight.detach(), 1e-2)[2]
+    results = norm_backward_reference(x.detach(), weight.detach(), kept, dout)
+    torch.testing.assert_close(results, (x.grad, weight.grad))

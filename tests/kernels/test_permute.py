@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ziphius.kernels.permute import permute, unpermute
+from ziphius.kernels.permute import permute, permute_tiles, unpermute
+from ziphius.kernels.quantize import dequantize, quantize_tiles
 
 
 def sorted_choice(N: int, K: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,3 +84,16 @@ def test_rows_are_summed_in_the_order_of_the_choices() -> None:
     rows_MD = torch.tensor([[1.0], [-1e8], [1e8]])
     # In the order of the choices: (1e8 + 1) - 1e8, where the 1 is lost.
     assert unpermute(rows_MD, order_M, order_M.argsort(), 3).item() == 0.0
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 300), st.integers(0, 10**6))
+def test_quantising_and_permuting_commute(N: int, K: int, D: int, seed: int) -> None:
+    """A tile is a part of one row, so moving codes and scales is moving numbers."""
+    _, order_M, inverse_M = sorted_choice(N, K, seed)
+    u_ND = torch.randn(N, D)
+    moved = permute_tiles(quantize_tiles(u_ND), order_M, K)
+    expected = quantize_tiles(permute(u_ND, order_M, inverse_M, K))
+    assert torch.equal(moved.codes.view(torch.uint8), expected.codes.view(torch.uint8))
+    assert torch.equal(moved.scales, expected.scales)
+    assert dequantize(moved).shape == (N * K, D)

@@ -40,7 +40,7 @@ def test_an_operator_that_fails_is_no_reason_to_stop_watching(
         None,
         SimpleNamespace(model=None, load_seconds=0.0),
         SimpleNamespace(
-            model=SimpleNamespace(kernels="no pairs", parameters=5, dtype="float32"),
+            model=SimpleNamespace(kernels="no pairs", parameters=5, dtype="float32", device="cpu"),
             load_seconds=1.0,
         ),
     ],

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ziphius.checkpoint.arena import Arena
-from ziphius.checkpoint.compressed import Packed
+from ziphius.checkpoint.compressed import Packed, is_packed
 from ziphius.checkpoint.config_json import raw_config, read_config, stored_dtype, stored_form
+from ziphius.checkpoint.expert_stores import (
+    ExpertCache,
+    Fp8Experts,
+    LazyExperts,
+    StoredExperts,
+)
 from ziphius.checkpoint.files import check_manifest
 from ziphius.checkpoint.folder import checkpoint_folder
+from ziphius.checkpoint.fp8 import is_quantized
 from ziphius.checkpoint.huggingface import (
     Fp8Weight,
     WeightReader,
@@ -23,18 +29,23 @@ from ziphius.checkpoint.huggingface import (
     check_vocabulary,
 )
 from ziphius.checkpoint.shards import ShardReader
+from ziphius.config.errors import BadInput
+from ziphius.kernels import fp8
 from ziphius.kernels.integers import QuantizedWeight, group_width, groups
-from ziphius.kernels.mixture import Expert, Experts
-from ziphius.kernels.select import Kernels
+from ziphius.kernels.mixture import Expert
+from ziphius.kernels.quantize import E4M3, TILE, Fp8, tile_count
+from ziphius.kernels.select import TRITON, Kernels
 from ziphius.kernels.stored import Codes, Weight
-from ziphius.model.experts import ExpertStore
+from ziphius.model.experts import ExpertStore, StackedExperts
 from ziphius.model.ffn import MixtureOfExperts
+from ziphius.model.layers import Linear
 from ziphius.model.precision import Precision
 from ziphius.model.transformer import Transformer
 from ziphius.model.weights import ROUTING_BIAS
 
 FORMS = {8: "int8", 4: "int4"}
 STEP = 32  # columns that products take at a time: groups are whole ones
+ON_GPU = (torch.bfloat16, torch.float32)
 Form = tuple[int, int] | Packed  # the block of FP8, or packed integers
 
 
@@ -46,6 +57,7 @@ class Loaded:
     weight_bytes: int
     experts: ExpertCache | None
     reader: ShardReader
+    notes: list[str] = field(default_factory=list)  # of weights that are held otherwise
 
     def close(self) -> None:
         """Close the checkpoint's files; experts that are not in memory can't be read any more."""
@@ -56,64 +68,83 @@ def load_in_place(
     path: str | Path,
     kernels: Kernels,
     dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
     *,
     mtp: bool = True,
     verify: bool = True,
     expert_bytes: int | None = None,
+    in_fp8: bool = False,
 ) -> Loaded:
     """Read a checkpoint for answering; quantised matrices keep their codes in memory.
 
-    ``dtype`` is what activations are computed in and plain weights are stored in. With
-    ``expert_bytes`` routed experts are read when a token first chooses them, and at most so many
-    bytes of them are kept (those of one layer's step always are). ``kernels`` compute in place.
+    ``dtype`` is what activations are computed in and plain weights are stored in. Weights go to
+    ``device`` one by one, as they are read. With ``expert_bytes`` routed experts are read when a
+    token first chooses them, and at most so many bytes of them are kept (those of one layer's step
+    always are). ``kernels`` compute in place. ``in_fp8`` multiplies a checkpoint in FP8 as it was
+    trained: activations are quantised too.
 
-    Raises BadInput as ``load`` does.
+    Raises BadInput as ``load`` does, and for ``expert_bytes`` where no kernel takes experts in
+    place.
     """
     folder = checkpoint_folder(Path(path))
     raw, config = raw_config(folder), read_config(folder, mtp=mtp)
     check_vocabulary(folder, config)
     chosen = as_dtype(dtype) if dtype else stored_dtype(raw)
+    form = stored_form(raw)
     precision = Precision.for_inference(chosen)
+    if in_fp8 and isinstance(form, tuple):
+        whole = raw["quantization_config"].get("scale_fmt") == "ue8m0"
+        precision = replace(precision, fp8=True, power_of_two=whole)
+    if kernels.latent == TRITON and chosen not in ON_GPU:
+        name = str(chosen).removeprefix("torch.")
+        raise BadInput(f"dtype = {name}: kernels for GPUs compute in bfloat16 or float32: say which")
+    if expert_bytes is not None and kernels.function("mixture") is None:
+        raise BadInput(
+            "experts that are read when they are chosen need kernels that take them in place: "
+            "leave expert_bytes (--lazy-experts) out, or answer on processors in exact mode"
+        )
     reader = ShardReader(folder)
     try:
         check_manifest(folder, checksums=verify, only=reader.files())
-        weights = WeightReader(reader, config, stored_form(raw))
+        weights = WeightReader(reader, config, form)
         weights.require_complete(skip_mtp=not mtp)
         model = Transformer(config, precision, kernels=kernels, device="meta").eval()
-        source = Source(weights, chosen, Arena())
+        source = Source(weights, chosen, torch.device(device))
         for name, module, attribute in _places(model):
             _put(module, attribute, source.read(name))
         cache = None
         if expert_bytes is not None:
             # Experts come and go: each has memory of its own.
             cache, source.arena = ExpertCache(expert_bytes), None
-        _put_experts(model, source, cache)
+        notes = _put_experts(model, source, cache)
     except BaseException:
         reader.close()
         raise
     if cache is None:
         reader.close()
-    return Loaded(model.requires_grad_(False), source.bytes, cache, reader)
+    return Loaded(model.requires_grad_(False), source.bytes, cache, reader, notes)
 
 
 class Source:
-    """Weights as products take them: tensors of one dtype, or codes."""
+    """Weights as products take them: tensors of one dtype, or codes; in an arena, on processors."""
 
-    def __init__(self, weights: WeightReader, dtype: torch.dtype, arena: Arena | None) -> None:
-        self.weights, self.dtype, self.arena = weights, dtype, arena
-        self.bytes = 0  # read so far
+    def __init__(self, weights: WeightReader, dtype: torch.dtype, device: torch.device) -> None:
+        self.weights, self.dtype, self.device = weights, dtype, device
+        self.arena = Arena() if device.type == "cpu" else None
+        self.bytes = 0  # held so far
 
     def read(self, name: str) -> Weight:
         """Return one weight. Codes of a shape that products can't take become numbers."""
-        weight = self._weight(name)
+        weight = self.weight(name)
         self.bytes += weight.nbytes
         if self.arena is None:
-            return weight
+            return weight.to(self.device)
         if isinstance(weight, Codes):
             return replace(weight, data=self.arena.place(weight.data))
         return self.arena.place(weight)
 
-    def _weight(self, name: str) -> Weight:
+    def weight(self, name: str) -> Weight:
+        """Return one weight where it was read."""
         stored = self.weights.stored(name)
         if isinstance(stored, Fp8Weight | QuantizedWeight):
             form = self.weights.form
@@ -161,105 +192,6 @@ def held_bytes(name: str, shape: tuple[int, ...], form: Form | None, dtype: torc
     return size + 4 * -(-rows // form[0]) * -(-width // form[1])
 
 
-class ExpertCache:
-    """Experts in memory, up to ``most`` bytes, the least recently used dropped first."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.bytes, self.reads = most, 0, 0
-        self._kept: OrderedDict[tuple[int, int], tuple[LazyExperts, int]] = OrderedDict()
-
-    def touch(self, layer: LazyExperts, expert: int) -> None:
-        """Note the use of an expert that is there."""
-        self._kept.move_to_end((id(layer), expert))
-
-    def keep(self, layer: LazyExperts, expert: int, size: int, needed: set[int]) -> None:
-        """Count an expert that was read, and drop others that the layer's step does not need."""
-        self.reads += 1
-        self.bytes += size
-        self._kept[id(layer), expert] = (layer, size)
-        for key, (owner, held) in list(self._kept.items()):
-            if self.bytes <= self.most:
-                break
-            if owner is layer and key[1] in needed:
-                continue
-            del self._kept[key]
-            owner.drop(key[1])
-            self.bytes -= held
-
-
-class LazyExperts(Experts):
-    """A layer's routed experts, read when they are first chosen."""
-
-    def __init__(
-        self,
-        count: int,
-        shared: list[Expert],
-        read: Callable[[int], Expert],
-        cache: ExpertCache,
-    ) -> None:
-        super().__init__([], shared)
-        self._shared_rows = self.table
-        self._held: list[Expert | None] = [None] * count
-        self._read, self._cache = read, cache
-        self.table = torch.cat(
-            (torch.zeros(3 * count, self.table.shape[1], dtype=torch.int64), self._shared_rows)
-        )
-
-    @property
-    def count(self) -> int:
-        """Routed experts, in memory or not."""
-        return len(self._held)
-
-    def get(self, expert: int) -> Expert:
-        held = self._held[expert]
-        assert held is not None, "required before it is used"
-        return held
-
-    def require(self, chosen_NK: Tensor) -> None:
-        needed = set(chosen_NK.unique().tolist())
-        for expert in sorted(needed):
-            if self._held[expert] is not None:
-                self._cache.touch(self, expert)
-                continue
-            loaded = self._read(expert)
-            self._held[expert] = loaded
-            self.place(expert, loaded)
-            self._cache.keep(self, expert, sum(w.nbytes for w in loaded), needed)
-
-    def drop(self, expert: int) -> None:
-        """Forget an expert; it is read again when it is next chosen."""
-        self._held[expert] = None
-        self.table[3 * expert : 3 * expert + 3] = 0
-
-
-class StoredExperts(ExpertStore):
-    """The experts one by one, each matrix as the checkpoint stores it."""
-
-    def __init__(self, experts: list[Expert]) -> None:
-        super().__init__()
-        self.experts = experts
-        self.n_experts = len(experts)
-        self.slot_to_expert = tuple(range(len(experts)))
-
-    def gate_up(self) -> Tensor:
-        return torch.stack([torch.cat([_dense(e.gate), _dense(e.up)]) for e in self.experts])
-
-    def down(self) -> Tensor:
-        return torch.stack([_dense(e.down) for e in self.experts])
-
-    def in_memory(self) -> list[Expert]:
-        return self.experts
-
-    def named_experts(self) -> Iterator[tuple[str, Tensor]]:
-        for number, expert in enumerate(self.experts):
-            for name, weight in zip(("gate", "up", "down"), expert, strict=True):
-                yield f"{number}.{name}_proj.weight", _dense(weight)
-
-
-def _dense(weight: Weight) -> Tensor:
-    return weight.decode(torch.bfloat16) if isinstance(weight, Codes) else weight
-
-
 def _places(model: Transformer) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield (Hugging Face name, module, attribute) of every weight but the routed experts'."""
     yield "model.embed_tokens.weight", model.embed_tokens, "weight"
@@ -284,6 +216,8 @@ def _places(model: Transformer) -> Iterator[tuple[str, nn.Module, str]]:
 
 def _put(module: nn.Module, attribute: str, weight: Weight) -> None:
     """Set a weight. Codes take the place of the parameter."""
+    if isinstance(module, Linear) and not (isinstance(weight, Codes) and weight.form == "fp8"):
+        module.fp8 = None
     if isinstance(weight, Codes):
         delattr(module, attribute)
         setattr(module, attribute, weight)
@@ -293,20 +227,89 @@ def _put(module: nn.Module, attribute: str, weight: Weight) -> None:
         setattr(module, attribute, nn.Parameter(weight, requires_grad=False))
 
 
-def _put_experts(model: Transformer, source: Source, cache: ExpertCache | None) -> None:
+def _put_experts(model: Transformer, source: Source, cache: ExpertCache | None) -> list[str]:
+    """Set the routed experts of every layer; return what is to be said of them."""
+    notes: dict[str, None] = {}
     for index, _, block in model.blocks():
         if not isinstance(block.mlp, MixtureOfExperts):
             continue
-        prefix = f"model.layers.{index}.mlp.experts"
-
-        def read(expert: int, prefix: str = prefix) -> Expert:
-            names = (f"{prefix}.{expert}.{part}_proj.weight" for part in ("gate", "up", "down"))
-            return Expert(*(source.read(name) for name in names))
-
-        count = model.config.n_routed_experts
-        if cache is None:
-            block.mlp.experts.store = StoredExperts([read(expert) for expert in range(count)])
-        else:
+        layer = LayerExperts(source, f"model.layers.{index}.mlp.experts", model)
+        if cache is not None:
             block.mlp.experts.store = StoredExperts([])
             shared = block.mlp.shared_expert()
-            block.mlp.places = LazyExperts(count, [shared], read, cache)
+            block.mlp.places = LazyExperts(layer.count, [shared], layer.read, cache)
+        elif block.mlp.mixture is not None or not (layer.plain or layer.in_fp8):
+            experts = [layer.read(expert) for expert in range(layer.count)]
+            block.mlp.experts.store = StoredExperts(experts)
+        elif layer.in_fp8 and layer.whole_blocks:
+            store = layer.coded_stacks()
+            block.mlp.experts.store = store
+            for form, blocks in (("gate_up", store.gate_up_blocks), ("down", store.down_blocks)):
+                weight = fp8.Fp8Weight(blocks, None)
+                block.mlp.experts.derived.put(form, blocks.codes, weight)
+        else:
+            block.mlp.experts.store = layer.stacks()
+            block.mlp.experts.fp8 = None
+            if not layer.plain:
+                notes[layer.note] = None
+    return list(notes)
+
+
+class LayerExperts:
+    """The routed experts of one layer in a checkpoint."""
+
+    def __init__(self, source: Source, prefix: str, model: Transformer) -> None:
+        self.source, self.prefix = source, prefix
+        self.config, self.precision = model.config, model.precision
+        self.count = model.config.n_routed_experts
+        names = source.weights.names
+        every = [name for expert in range(self.count) for name in self.names(expert)]
+        coded = [is_packed(name, names) or is_quantized(name, names) for name in every]
+        self.plain = not any(coded)
+        self.in_fp8 = self.precision.fp8 and all(coded)
+        self.whole_blocks = self.config.moe_intermediate_size % TILE == 0
+
+    @property
+    def note(self) -> str:
+        """What to say where FP8 codes can't be stacked."""
+        width = self.config.moe_intermediate_size
+        return f"experts are held as numbers: their width {width} is no multiple of {TILE}"
+
+    def names(self, expert: int) -> list[str]:
+        """Return the names of an expert's gate, up and down projections."""
+        return [f"{self.prefix}.{expert}.{part}_proj.weight" for part in ("gate", "up", "down")]
+
+    def read(self, expert: int) -> Expert:
+        """Return an expert as it is stored."""
+        return Expert(*map(self.source.read, self.names(expert)))
+
+    def stacks(self) -> StackedExperts:
+        """Return all experts as numbers, in stacks."""
+        store = StackedExperts(self.config, self.precision, self.source.device)
+        store.requires_grad_(False)
+        for expert, held in enumerate(store.in_memory()):
+            for name, place in zip(self.names(expert), held, strict=True):
+                assert isinstance(place, Tensor), "stacks hold numbers"
+                weight = self.source.weight(name).to(self.source.device)
+                place.copy_(weight.decode(place.dtype) if isinstance(weight, Codes) else weight)
+                self.source.bytes += place.nbytes
+        return store
+
+    def coded_stacks(self) -> Fp8Experts:
+        """Return the FP8 codes of all experts, in stacks."""
+        E, F, D = self.count, self.config.moe_intermediate_size, self.config.hidden_size
+        store = Fp8Experts(self._room(E, 2 * F, D), self._room(E, D, F))
+        for expert, held in enumerate(store.in_memory()):
+            for name, place in zip(self.names(expert), held, strict=True):
+                weight = self.source.weight(name)
+                assert isinstance(weight, Codes), "all of them are"
+                assert isinstance(place, Codes), "stacks of codes"
+                place.data.copy_(weight.data)
+                place.scales.copy_(weight.scales)
+                self.source.bytes += weight.nbytes
+        return store
+
+    def _room(self, experts: int, rows: int, columns: int) -> Fp8:
+        codes = torch.empty(experts, rows, columns, dtype=E4M3, device=self.source.device)
+        blocks = (tile_count(rows), tile_count(columns))
+        return Fp8(codes, torch.empty(experts, *blocks, device=self.source.device), TILE)

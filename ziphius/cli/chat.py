@@ -69,6 +69,7 @@ def chat(
     draft_depth: options.DraftDepth = 1,
     fast_math: options.FastMath = False,
     kernels: options.KernelChoice = "auto",
+    device: options.Device = "cpu",
     cache_tokens: options.CacheTokens = 16_384,
     dtype: options.DType = None,
     without_mtp: options.WithoutMTP = False,
@@ -102,6 +103,7 @@ def chat(
     with _loading(str(checkpoint)):
         llm = LLM(
             checkpoint, dtype=dtype, mtp=not without_mtp, fast_math=fast_math, kernels=kernels,
+            device=device,
             speculation=speculation, draft_depth=draft_depth, cache_tokens=cache_tokens,
             expert_bytes=expert_bytes(lazy_experts),
         )  # fmt: skip

@@ -51,6 +51,7 @@ def generate(
     draft_depth: options.DraftDepth = 1,
     fast_math: options.FastMath = False,
     kernels: options.KernelChoice = "auto",
+    device: options.Device = "cpu",
     cache_tokens: options.CacheTokens = 16_384,
     dtype: options.DType = None,
     without_mtp: options.WithoutMTP = False,
@@ -73,6 +74,8 @@ def generate(
 
     Of a given form: ziphius generate runs/quickstart "It is " --regex "(yes|no)"
 
+    On a GPU: ziphius generate DeepSeek-V3 "Whales" --device cuda --fast-math
+
     Larger than the memory: ziphius generate DeepSeek-V3 "Whales" --lazy-experts auto
 
     Will it fit? ziphius generate DeepSeek-V3 --plan --memory 64GiB
@@ -83,8 +86,8 @@ def generate(
 
     how: dict[str, Any] = {
         "dtype": dtype, "mtp": not without_mtp, "fast_math": fast_math, "kernels": kernels,
-        "speculation": speculation, "draft_depth": draft_depth, "cache_tokens": cache_tokens,
-        "expert_bytes": expert_bytes(lazy_experts),
+        "device": device, "speculation": speculation, "draft_depth": draft_depth,
+        "cache_tokens": cache_tokens, "expert_bytes": expert_bytes(lazy_experts),
     }  # fmt: skip
     if plan:
         show_plan(checkpoint, memory, how)
@@ -150,6 +153,7 @@ def _write_together(llm: LLM, prompts: Sequence[str], params: SamplingParams) ->
 
 def _tell(llm: LLM, seconds: float) -> None:
     """Say how fast answers came, what speculation and known prefixes gave, and by which kernels."""
+    from ziphius.inference.choose import device_name
     from ziphius.planning.memory import shown
 
     engine = llm.engine
@@ -167,6 +171,8 @@ def _tell(llm: LLM, seconds: float) -> None:
         lines.append("drafts: none")
     if llm.loaded is not None and (experts := llm.loaded.experts) is not None:
         lines.append(f"experts: read {experts.reads} times, {shown(experts.bytes)} kept")
+    lines += [] if llm.loaded is None else llm.loaded.notes
+    lines.append(f"device: {device_name(engine.model.device)}")
     lines.append(f"kernels: {engine.model.kernels}")
     typer.echo("\n".join(lines), err=True)
 

@@ -57,8 +57,17 @@ FastMath = Annotated[
 KernelChoice = Annotated[
     str,
     typer.Option(
-        metavar="auto|compiled|torch",
-        help="What computes: C++ kernels, built once, or plain PyTorch; auto: C++ where it can be.",
+        metavar="auto|compiled|torch|triton",
+        help="What computes: C++ kernels, built once, plain PyTorch, or Triton's on a GPU; auto: "
+        "the fastest that can be.",
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="cpu|cuda|cuda:N",
+        help="Where to compute. On a GPU answers depend on what else is computed: it needs "
+        "--fast-math.",
     ),
 ]
 CacheTokens = Annotated[

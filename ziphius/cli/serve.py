@@ -105,6 +105,7 @@ def serve(
     draft_depth: options.DraftDepth = 1,
     fast_math: options.FastMath = False,
     kernels: options.KernelChoice = "auto",
+    device: options.Device = "cpu",
     cache_tokens: options.CacheTokens = 16_384,
     dtype: options.DType = None,
     without_mtp: options.WithoutMTP = False,
@@ -127,8 +128,9 @@ def serve(
 
     how: dict[str, Any] = {
         "dtype": dtype, "mtp": not without_mtp, "fast_math": fast_math, "kernels": kernels,
-        "speculation": speculation, "draft_depth": draft_depth, "cache_tokens": cache_tokens,
-        "expert_bytes": expert_bytes(lazy_experts), "max_running": max_running,
+        "device": device, "speculation": speculation, "draft_depth": draft_depth,
+        "cache_tokens": cache_tokens, "expert_bytes": expert_bytes(lazy_experts),
+        "max_running": max_running,
     }  # fmt: skip
     if plan:
         show_plan(checkpoint, memory, how)
@@ -197,6 +199,12 @@ def _tell_beginning(serving: Any, url: str, host: str) -> None:
         )
 
 
+def _whose(kernels: str) -> str:
+    if "=triton" in kernels:
+        return "Triton"
+    return "compiled" if "=cpp" in kernels else "PyTorch's"
+
+
 def _tell_ready(application: Any, url: str) -> None:
     """Say what is served, and where. Nobody may read it, and the engine may have gone again."""
     link = application.engine.link
@@ -204,10 +212,9 @@ def _tell_ready(application: Any, url: str) -> None:
     if model is None:
         told = f"{application.served.name}: ready"
     else:
-        compiled = "compiled" if "=cpp" in model.kernels else "PyTorch's"
         told = (
-            f"{application.served.name}: {model.parameters:,} parameters in {model.dtype}, "
-            f"loaded in {link.load_seconds:.1f} s, {compiled} kernels"
+            f"{application.served.name}: {model.parameters:,} parameters in {model.dtype} on "
+            f"{model.device}, loaded in {link.load_seconds:.1f} s, {_whose(model.kernels)} kernels"
         )
     pages = f"chat page {url}/   OpenAI's routes {url}/v1   documentation {url}/docs"
     with suppress(OSError):

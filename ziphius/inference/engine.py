@@ -260,12 +260,13 @@ class Engine:
             wanted += range(end - chunk.logits, end)
         if not wanted:
             return [[] for _ in chunks]
-        logits = self.forward.logits(hidden_ND[torch.tensor(wanted)]).numpy()
-        rows, start = [], 0
+        rows = torch.tensor(wanted, device=hidden_ND.device)
+        logits = self.forward.logits(hidden_ND[rows]).numpy()
+        each, start = [], 0
         for chunk in chunks:
-            rows.append(list(logits[start : start + chunk.logits]))
+            each.append(list(logits[start : start + chunk.logits]))
             start += chunk.logits
-        return rows
+        return each
 
     def _choose(self, chunk: Chunk, rows: List[Row], request: Request, answer: Answer) -> list[int]:
         """Choose a chunk's tokens and end its answer where it ends."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ziphius.checkpoint.in_place import LazyExperts
+from ziphius.checkpoint.expert_stores import LazyExperts
 from ziphius.inference.paged import Batch, Feed, PagedCache
 from ziphius.inference.repeat import Part, Repeats
 from ziphius.kernels.latent import LatentPages
@@ -36,9 +36,9 @@ class Forward:
             attention = block.self_attn
             attention.absorbed = attention.absorb(self.model.precision.compute)
             # Lazy experts have places of their own.
-            if isinstance(block.mlp, MixtureOfExperts) and not isinstance(
-                block.mlp.places, LazyExperts
-            ):
+            if not isinstance(block.mlp, MixtureOfExperts) or block.mlp.mixture is None:
+                continue
+            if not isinstance(block.mlp.places, LazyExperts):
                 block.mlp.places = block.mlp.locate()
         if self.repeats is not None:
             self.repeats.forget()
@@ -57,13 +57,13 @@ class Forward:
 
     @torch.no_grad()
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Apply the output head: ``[N, V]``, at least FP32."""
+        """Apply the output head: ``[N, V]`` on the processor, at least FP32."""
         head = self.model.lm_head
         if self.singly:
             logits_NV = torch.cat([head(row_1D) for row_1D in hidden_ND.split(1)])
         else:
             logits_NV = head(hidden_ND)
-        return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)).cpu()
 
     @torch.no_grad()
     def draft(self, feeds: Sequence[Feed], hidden_ND: Tensor) -> Tensor:

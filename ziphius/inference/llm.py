@@ -18,6 +18,7 @@ from ziphius.config.errors import BadInput
 from ziphius.config.table import nearest
 from ziphius.data.tokenizer import read_tokenizer
 from ziphius.inference.chat import ChatTemplate, Message, read_chat_template
+from ziphius.inference.choose import CPU, choose_device, choose_kernels, require_known
 from ziphius.inference.engine import Engine, EngineOptions
 from ziphius.inference.outputs import Delta, RequestOutput
 from ziphius.inference.params import SamplingParams
@@ -26,30 +27,11 @@ from ziphius.inference.request import Request
 from ziphius.inference.sequence import QueueFull
 from ziphius.inference.twin import share, twin
 from ziphius.inference.vocabulary import Vocabulary
-from ziphius.kernels.select import Kernels, answering_kernels, fast_kernels, has_compiler
+from ziphius.kernels.select import TRITON
 from ziphius.model.transformer import Transformer
 from ziphius.planning.answering import AnsweringPlan, Work, plan_answering
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-
-
-def choose_kernels(
-    name: str, folder: str | os.PathLike[str] | None = None, *, exact: bool = True
-) -> Kernels:
-    """Return the kernels that ``name`` means: ``auto``, ``compiled`` or ``torch``.
-
-    ``folder`` keeps the compiled ones, by default the user's cache. Raises BadInput for another
-    name, and for ``compiled`` where there is no compiler.
-    """
-    _require_known(name)
-    compiled = name == "compiled" or (name == "auto" and has_compiler())
-    choose = answering_kernels if exact else fast_kernels
-    return choose(Path(folder or "~/.cache/ziphius").expanduser() if compiled else None)
-
-
-def _require_known(kernels: str) -> None:
-    if kernels not in ("auto", "compiled", "torch"):
-        raise BadInput(f"kernels = '{kernels}': use auto, compiled or torch")
 
 
 class LLM:
@@ -57,7 +39,8 @@ class LLM:
 
     ``path`` is a Hugging Face folder or a run folder. ``dtype`` is what to compute in, by default
     what the config says. ``fast_math`` gives up that answers are the same bits whatever else is
-    computed. ``kernels`` is ``auto``, ``compiled`` or ``torch``. Quantised weights stay codes in
+    computed. ``device`` is ``cpu``, ``cuda`` or ``cuda:N``; on a GPU ``fast_math`` must be said.
+    ``kernels`` is ``auto``, ``compiled``, ``torch`` or ``triton``. Quantised weights stay codes in
     memory. With ``expert_bytes`` routed experts are read when they are first chosen, and at most so
     many bytes of them are kept; ``auto`` keeps as many as what is free has room for. ``options``
     are those of ``EngineOptions``. Raises BadInput for a checkpoint or an option that can't be
@@ -72,6 +55,7 @@ class LLM:
         fast_math: bool = False,
         kernels: str = "auto",
         kernel_cache: str | os.PathLike[str] | None = None,
+        device: str | torch.device = CPU,
         mtp: bool = True,
         verify: bool = True,
         expert_bytes: int | Literal["auto"] | None = None,
@@ -79,13 +63,19 @@ class LLM:
     ) -> None:
         checked = _engine_options(options, exact=not fast_math)
         folder = checkpoint_folder(Path(path))
-        chosen = choose_kernels(kernels, kernel_cache, exact=not fast_math)
+        where = choose_device(device)
+        chosen = choose_kernels(kernels, kernel_cache, exact=not fast_math, device=where)
+        if expert_bytes is not None and where != CPU:
+            raise BadInput(
+                f"expert_bytes (--lazy-experts) is for processors: all experts lie on {where}"
+            )
         if isinstance(expert_bytes, str):
             _require_auto(expert_bytes)
             expert_bytes = _plan(folder, checked, dtype=dtype, mtp=mtp, expert_bytes=0).expert_room
         loaded = load_in_place(
-            folder, chosen, dtype, mtp=mtp, verify=verify, expert_bytes=expert_bytes
-        )
+            folder, chosen, dtype, where, mtp=mtp, verify=verify, expert_bytes=expert_bytes,
+            in_fp8=chosen.gemm == TRITON,
+        )  # fmt: skip
         tokenizer = None
         if (folder / TOKENIZER_FILE).is_file():
             tokenizer = read_tokenizer(folder / TOKENIZER_FILE)
@@ -99,6 +89,7 @@ class LLM:
         fast_math: bool = False,
         kernels: str = "auto",
         kernel_cache: str | os.PathLike[str] | None = None,
+        device: str | torch.device = CPU,
         mtp: bool = True,
         verify: bool = True,
         expert_bytes: int | Literal["auto"] | None = None,
@@ -111,7 +102,9 @@ class LLM:
         may take, by default what is free here. ``kernels`` and their folder change nothing.
         Raises BadInput as ``LLM`` does.
         """
-        _require_known(kernels)
+        require_known(kernels)
+        if choose_device(device) != CPU:
+            raise BadInput(f"device = '{device}': a plan counts processors' memory: leave it out")
         checked = _engine_options(options, exact=not fast_math)
         how: dict[str, Any] = {"dtype": dtype, "mtp": mtp, "memory_bytes": memory_bytes}
         if isinstance(expert_bytes, str):
@@ -128,17 +121,19 @@ class LLM:
         fast_math: bool = False,
         kernels: str = "auto",
         kernel_cache: str | os.PathLike[str] | None = None,
+        device: str | torch.device = CPU,
         **options: Any,
     ) -> LLM:
         """Answer with a model that is in memory, such as one that is being trained.
 
-        Its weights on the processor are not copied; the kernels are those that answer, whatever
-        the model's own are. After its weights have changed call ``weights_changed``.
+        Its weights are not copied where they are on ``device``; the kernels are those that answer,
+        whatever the model's own are. After its weights have changed call ``weights_changed``.
         """
         checked = _engine_options(options, exact=not fast_math)
-        chosen = choose_kernels(kernels, kernel_cache, exact=not fast_math)
+        where = choose_device(device)
+        chosen = choose_kernels(kernels, kernel_cache, exact=not fast_math, device=where)
         llm = cls.__new__(cls)
-        llm._init(twin(model, chosen), tokenizer, checked, original=model)
+        llm._init(twin(model, chosen, where), tokenizer, checked, original=model)
         return llm
 
     def _init(
@@ -167,7 +162,7 @@ class LLM:
                 "let them end, or cancel them"
             )
         if self._original is not None:
-            share(self._original, self.model)
+            share(self._original, self.model, self.model.device)
         self.engine.forward.prepare()
         self.engine.pool.forget()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -11,27 +12,31 @@ from torch import Tensor
 from ziphius.config.errors import BadInput
 from ziphius.inference.sequence import Chunk
 from ziphius.kernels.latent import TILE, LatentPages
-from ziphius.model.rope import Rope, rope_at
+from ziphius.kernels.select import TRITON
+from ziphius.model.rope import Rope
 from ziphius.model.transformer import Transformer
 
 
 class PagedCache:
     """The rows of all sequences: ``(C + R) * layers`` numbers a slot, MTP layers included.
 
-    ``pages`` is ``[layers, n_pages, page_size, C + R]`` in the model's compute dtype, zero at
-    first: what was never written is finite, and weighs nothing.
+    ``pages`` is ``[layers, n_pages, page_size, C + R]`` on the model's device and in its compute
+    dtype, zero at first: what was never written is finite, and weighs nothing.
     """
 
     def __init__(self, model: Transformer, n_pages: int, page_size: int) -> None:
         if page_size < 1 or page_size % TILE:
             raise BadInput(f"page_size = {page_size}: use a multiple of {TILE}")
+        if model.kernels.latent == TRITON and page_size & (page_size - 1):
+            raise BadInput(f"page_size = {page_size}: on a GPU use a power of two")
         c = model.config
         layers = len(model.layers) + len(model.mtp)
         width = c.kv_lora_rank + c.qk_rope_head_dim
         self.page_size = page_size
-        self.pages = torch.zeros(layers, n_pages, page_size, width, dtype=model.precision.compute)
-        positions_T = torch.arange(c.max_position_embeddings)
-        self._rope = rope_at(c, positions_T, model.precision.high)
+        self.device = model.device
+        sizes = (layers, n_pages, page_size, width)
+        self.pages = torch.zeros(sizes, dtype=model.precision.compute, device=self.device)
+        self._rope = model.rope(c.max_position_embeddings)
 
     @property
     def nbytes(self) -> int:
@@ -85,9 +90,9 @@ class Batch:
             position += range(feed.start, feed.start + count)
             slots += feed.slots
             tables.append([*feed.table, *[0] * (longest - len(feed.table))])
-        self.tokens_BT = torch.tensor([tokens])
-        self._slots_N, self._tables = torch.tensor(slots), torch.tensor(tables)
-        self._sequence_N, self._position_N = torch.tensor(sequence), torch.tensor(position)
+        parts = _brought([tokens, slots, sequence, position, [*chain(*tables)]], cache.device)
+        self.tokens_BT, self._tables = parts[0].unsqueeze(0), parts[4].view(len(feeds), longest)
+        self._slots_N, self._sequence_N, self._position_N = parts[1:4]
 
     def rope(self, model: Transformer, length: int) -> Rope:
         """Return the rotary tables of the tokens."""
@@ -97,3 +102,14 @@ class Batch:
         """Return a layer's pages and the tokens' places in them."""
         where = (self._slots_N, self._tables, self._sequence_N, self._position_N)
         return LatentPages(self.cache.pages[index], *where, first=self.turned)
+
+
+def _brought(parts: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """Bring numbers to a device in one copy, int64; each part begins at a multiple of 16 bytes.
+
+    Kernels for GPUs are compiled once more for addresses that are none.
+    """
+    padded = [[*part, *[0] * (len(part) % 2)] for part in parts]
+    whole = torch.tensor([*chain(*padded)]).to(device)
+    pieces = whole.split([len(part) for part in padded])
+    return [piece[: len(part)] for piece, part in zip(pieces, parts, strict=True)]

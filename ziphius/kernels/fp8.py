@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ziphius.kernels.e5m6 import Version
 from ziphius.kernels.kept import KeptOutput
-from ziphius.kernels.quantize import Fp8, Quantize
+from ziphius.kernels.quantize import E4M3, Fp8, Quantize
 from ziphius.kernels.swiglu_fp8 import SwigluFp8
 
 
@@ -43,10 +43,13 @@ Operand = Tensor | Tiled
 
 
 class Fp8Weight(NamedTuple):
-    """A weight as products meet it: forward ``[.., O, I]``, and transposed for backward."""
+    """A weight as products meet it: forward ``[.., O, I]``, and transposed for backward.
+
+    A weight that only answers has no transpose.
+    """
 
     blocks: Fp8
-    transposed: Fp8
+    transposed: Fp8 | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Arithmetic:
     quantize: Quantize
     gemm: Callable[[Fp8, Fp8, torch.dtype], Tensor]
     grouped: Callable[[Fp8, Fp8, Tensor, torch.dtype], Tensor]
+    masked: Callable[[Fp8, Fp8, Tensor, torch.dtype], Tensor]
     along_k: Callable[[Fp8, Fp8, Tensor, torch.dtype], Tensor]
     swiglu: SwigluFp8
     e5m6: Version
@@ -116,6 +120,29 @@ class Arithmetic:
         """
         out: Tensor = _Gated.apply(self, gate, up, gates_M, weight, form, counts_E)
         return out
+
+    def few(
+        self,
+        x_MD: Tiled,
+        gate_up: Fp8,
+        down: Fp8,
+        gates_M: Tensor,
+        counts_E: Tensor,
+        most: int,
+    ) -> Tensor:
+        """Compute experts on segments of at most ``most`` rows, by masked products: ``[M, D]``.
+
+        There is no backward. Products begin at rows that depend on no count.
+        """
+        E, dtype = len(counts_E), x_MD.value.dtype
+        place_M = places(counts_E, len(gates_M), most)
+        rows = Fp8(_placed(x_MD.codes, place_M, E * most), _placed(x_MD.scales, place_M, E * most))
+        gate_up_ERG = self.masked(_by_expert(rows, E), gate_up, counts_E, dtype)
+        gate_MF, up_MF = halves(gate_up_ERG, None)
+        gates_R = _placed(gates_M, place_M, E * most)
+        hidden, _, _ = self.swiglu.forward(gate_MF, up_MF, gates_R, power_of_two=self.power_of_two)
+        out_ERD = self.masked(_by_expert(hidden, E), down, counts_E, dtype)
+        return out_ERD.flatten(0, 1).index_select(0, place_M)
 
     def product(self, a: Fp8, b: Fp8, counts_E: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Multiply rows by one matrix, or by each segment's own."""
@@ -296,6 +323,26 @@ def permute_tiled(
     """
     where = (order_M, inverse_M, K)
     return Tiled(*_PermuteTiled.apply(*u_ND, *where, permute, unpermute))
+
+
+def places(counts_E: Tensor, rows: int, most: int) -> Tensor:
+    """Return where rows sorted by expert lie when each has room for ``most``: int64 ``[rows]``."""
+    ends_E = counts_E.cumsum(0)
+    row_M = torch.arange(rows, device=counts_E.device)
+    expert_M = torch.searchsorted(ends_E, row_M, right=True)
+    return expert_M * most + row_M - (ends_E - counts_E)[expert_M]
+
+
+def _placed(x: Tensor, place_M: Tensor, size: int) -> Tensor:
+    """Put rows where ``place`` says; what lies between them is undefined."""
+    # There is no copy of FP8 by index on every machine; of bytes there is.
+    wire = x.view(torch.uint8) if x.dtype == E4M3 else x
+    out = wire.new_empty(size, *x.shape[1:])
+    return out.index_copy_(0, place_M, wire).view(x.dtype)
+
+
+def _by_expert(q: Fp8, experts: int) -> Fp8:
+    return Fp8(q.codes.unflatten(0, (experts, -1)), q.scales.unflatten(0, (experts, -1)))
 
 
 def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ziphius.kernels.cpu.library import TYPES, Library
@@ -159,8 +160,45 @@ def grouped_linear_compiled(
     return _Compiled.apply(library, x_MI, weight_EOI, counts)
 
 
-VERSIONS: dict[str, Callable[[Tensor, Tensor, Sequence[int]], Tensor]] = {
+class _Mm(torch.autograd.Function):
+    """torch's own backward refuses gradients that are expanded or turned."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_MI, weight_EOI, ends_E)
+        return F.grouped_mm(x_MI, weight_EOI.mT, offs=ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_MI, weight_EOI, ends_E = ctx.saved_tensors
+        dout_MO = grads[0].contiguous()
+        dx_MI = dweight_EOI = None
+        if ctx.needs_input_grad[0]:
+            dx_MI = F.grouped_mm(dout_MO, weight_EOI, offs=ends_E)
+        if ctx.needs_input_grad[1]:
+            dweight_EOI = F.grouped_mm(dout_MO.T, x_MI, offs=ends_E)
+        return dx_MI, dweight_EOI, None
+
+
+def grouped_linear_mm(x_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """Do the same by torch's grouped product, all segments in one call, for GPUs.
+
+    ``counts`` stay on the device, so nothing waits for it. What that product refuses, float64, no
+    rows, and rows whose bytes are no multiple of 16, goes the way of the loop, which waits.
+    """
+    ragged = any(width * x_MI.element_size() % _ALIGNED for width in weight_EOI.shape[1:])
+    if ragged or x_MI.dtype == torch.float64 or not len(x_MI):
+        return grouped_linear_loop(x_MI, weight_EOI, counts_E.tolist())
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    return _Mm.apply(x_MI.contiguous(), weight_EOI.to(x_MI.dtype), ends_E)
+
+
+_ALIGNED = 16
+VERSIONS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
     "reference": grouped_linear_reference,
     "loop": grouped_linear_loop,
+    "grouped_mm": grouped_linear_mm,
 }
+# They take counts as a tensor on the device of the rows; the others a list, which waits for a GPU.
+COUNT_ON_DEVICE = frozenset({"grouped_mm"})
 COMPILED = grouped_linear_compiled

@@ -53,7 +53,9 @@ def scales_of(amax: Tensor, *, power_of_two: bool) -> Tensor:
     ``max(amax, 1e-4) / 448``; with ``power_of_two`` the next power of two that is not smaller
     (UE8M0). NaN and infinity give a scale that is not finite.
     """
-    scales = amax.float().clamp(min=SMALLEST_AMAX) / E4M3_MAX
+    # A GPU divides by a number of the host by multiplying, which is another rounding.
+    largest = amax.new_full((), E4M3_MAX, dtype=torch.float32)
+    scales = amax.float().clamp(min=SMALLEST_AMAX) / largest
     if not power_of_two:
         return scales
     # Of a normal number: where a bit of the mantissa is set, the next exponent.

@@ -67,6 +67,7 @@ OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
     "quantize": (quantize.VERSIONS, None),
     "gemm": (gemm.VERSIONS, None),
     "grouped_gemm": (grouped_gemm.VERSIONS, None),
+    "masked_gemm": (grouped_gemm.MASKED_VERSIONS, None),
     "along_k": (grouped_gemm.ALONG_K_VERSIONS, None),
     "swiglu_fp8": (swiglu_fp8.VERSIONS, None),
     "e5m6": (e5m6.VERSIONS, None),
@@ -76,6 +77,8 @@ OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
 # The module below kernels/triton, and what it has for the operation: imported where it is chosen.
 ON_GPUS: Mapping[str, tuple[str, str]] = {
     "attention": ("attention", "causal_attention_triton"),
+    "linear": ("linear", "linear_triton"),
+    "latent": ("latent", "TritonLatent"),
     "norm": ("norm", "rms_norm_triton"),
     "permute": ("permute", "permute_triton"),
     "unpermute": ("permute", "unpermute_triton"),
@@ -83,6 +86,7 @@ ON_GPUS: Mapping[str, tuple[str, str]] = {
     "quantize": ("quantize", "TritonQuantize"),
     "gemm": ("gemm", "gemm_triton"),
     "grouped_gemm": ("grouped_gemm", "grouped_gemm_triton"),
+    "masked_gemm": ("grouped_gemm", "masked_gemm_triton"),
     "along_k": ("grouped_gemm", "grouped_gemm_along_k_triton"),
     "swiglu_fp8": ("swiglu_fp8", "TritonSwigluFp8"),
     "e5m6": ("e5m6", "TritonE5M6"),
@@ -91,6 +95,11 @@ ON_GPUS: Mapping[str, tuple[str, str]] = {
     "route": ("route", "route_triton"),
     "sort": ("permute", "sort_by_slot_triton"),
 }
+# Those of them that a step of the engine runs.
+ANSWER_ON_GPUS = (
+    "latent", "linear", "norm", "norm_tiles", "permute", "unpermute", "permute_tiles", "quantize",
+    "gemm", "grouped_gemm", "masked_gemm", "swiglu_fp8",
+)  # fmt: skip
 # Their compiled versions have no backward.
 ANSWERING = frozenset(
     {"linear", "sigmoid", "gate", "mixture", "latent", "residual", "join", "widen"}
@@ -127,6 +136,7 @@ class Kernels:
     quantize: str = "torch"
     gemm: str = "reference"
     grouped_gemm: str = "reference"
+    masked_gemm: str = "reference"
     along_k: str = "reference"
     swiglu_fp8: str = "torch"
     e5m6: str = "torch"
@@ -162,6 +172,7 @@ class Kernels:
             quantize=self.function("quantize")(),
             gemm=self.function("gemm"),
             grouped=self.function("grouped_gemm"),
+            masked=self.function("masked_gemm"),
             along_k=self.function("along_k"),
             swiglu=self.function("swiglu_fp8")(),
             e5m6=self.function("e5m6")(),
@@ -188,8 +199,17 @@ def compiled_kernels(folder: Path, products: str = "native") -> Kernels:
 
 def triton_kernels() -> Kernels:
     """Choose the kernels for GPUs wherever there is one. Raises BadInput without Triton."""
-    chosen: dict[str, Any] = dict.fromkeys(ON_GPUS, TRITON)
+    chosen: dict[str, Any] = dict.fromkeys(ON_GPUS.keys() - ANSWERING, TRITON)
     return Kernels(**chosen)
+
+
+def gpu_answering_kernels() -> Kernels:
+    """Choose the versions that answer on a GPU: no step waits for what the GPU has counted.
+
+    Raises BadInput without Triton.
+    """
+    chosen: dict[str, Any] = dict.fromkeys(ANSWER_ON_GPUS, TRITON)
+    return Kernels(grouped="grouped_mm", mixture="stages", **chosen)
 
 
 def answering_kernels(folder: Path | None) -> Kernels:

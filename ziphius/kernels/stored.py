@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
+
+from ziphius.kernels.quantize import E4M3, Fp8
 
 # The numbers of the formats in kernels/cpu/dot.h.
 PLAIN: Mapping[torch.dtype, int] = MappingProxyType(
@@ -38,6 +40,20 @@ class Codes:
         """``(O, I)`` of the matrix that is meant."""
         rows, columns = self.data.shape
         return rows, columns * 2 if self.form == "int4" else columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight that is meant."""
+        return torch.bfloat16
+
+    @property
+    def blocks(self) -> Fp8:
+        """The codes of ``fp8`` as its products take them: in blocks."""
+        return Fp8(self.data.view(E4M3), self.scales, self.scale_rows)
+
+    def to(self, device: torch.device) -> Codes:
+        """Return the same on a device."""
+        return replace(self, data=self.data.to(device), scales=self.scales.to(device))
 
     @property
     def nbytes(self) -> int:

@@ -18,6 +18,10 @@ class Derived:
     def __init__(self) -> None:
         self._kept: dict[str, tuple[int, int, Any]] = {}
 
+    def put(self, form: str, weight: Tensor, value: Any) -> None:
+        """Keep a form that came with the weight, from a checkpoint."""
+        self._kept[form] = (weight._version, weight.data_ptr(), value)
+
     def get(self, form: str, weight: Tensor, make: Callable[[Tensor], Any]) -> Any:
         """Return a form of ``weight``, made by ``make`` if the weight has changed since."""
         version, place = weight._version, weight.data_ptr()

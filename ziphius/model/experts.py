@@ -10,12 +10,17 @@ from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
 from ziphius.kernels.fp8 import Arithmetic
+from ziphius.kernels.grouped import COUNT_ON_DEVICE
 from ziphius.kernels.mixture import Expert
 from ziphius.kernels.select import Kernels
 from ziphius.model.derived import Derived
 from ziphius.model.dispatch import Sent
 from ziphius.model.layers import Device
 from ziphius.model.precision import Precision
+
+# A step of so few tokens gives every expert room for all of them. What is computed for nothing,
+# SwiGLU on E * 8 rows, takes under a fiftieth of reading the weights of the experts it meets.
+FEW_TOKENS = 8
 
 
 class ExpertStore(nn.Module, ABC):
@@ -27,6 +32,7 @@ class ExpertStore(nn.Module, ABC):
 
     n_experts: int
     slot_to_expert: tuple[int, ...]
+    stacked = True  # whether gate_up() and down() are there, and not made from parts
 
     def slots(self, chosen_NK: Tensor) -> Tensor:
         """Return the slot that serves each chosen expert, int64 ``[N, K]``.
@@ -121,6 +127,8 @@ class RoutedExperts(nn.Module):
         super().__init__()
         self.dtype = kernels.product_dtype(precision.dtype("linear"))
         self.grouped = kernels.function("grouped")
+        self.counts_on_device = kernels.grouped in COUNT_ON_DEVICE
+        self.linear = kernels.function("linear")
         self.swiglu = kernels.function("swiglu")
         self.fp8 = kernels.fp8(precision.power_of_two) if precision.in_fp8("linear") else None
         self.derived = Derived()
@@ -130,18 +138,39 @@ class RoutedExperts(nn.Module):
         """Compute the experts' rows ``[M, D]`` in the order they were sent."""
         if self.fp8 is not None:
             return self._in_fp8(self.fp8, sent)
-        gate_up_MG = self.grouped(sent.rows_MD, self.store.gate_up(), sent.counts)
+        if not self.store.stacked:
+            return self._one_by_one(sent)
+        counts = sent.sort.counts_E if self.counts_on_device else sent.counts
+        gate_up_MG = self.grouped(sent.rows_MD, self.store.gate_up(), counts)
         hidden_MF = self.activate(gate_up_MG, sent.gates_M)
-        out_MD: Tensor = self.grouped(hidden_MF, self.store.down(), sent.counts)
+        out_MD: Tensor = self.grouped(hidden_MF, self.store.down(), counts)
         return out_MD
 
     def _in_fp8(self, fp8: Arithmetic, sent: Sent) -> Tensor:
         gate_up, down, counts_E = self.store.gate_up(), self.store.down(), sent.sort.counts_E
         rows_MD = fp8.operand(sent.rows_MD, power_of_two=True)
         gate_up_fp8 = self.derived.get("gate_up", gate_up, fp8.weight)
-        gate_up_MG = fp8.grouped_linear(rows_MD, gate_up, gate_up_fp8, counts_E)
         down_fp8 = self.derived.get("down", down, fp8.weight)
+        # No token chooses an expert twice.
+        most = len(sent.gates_M) // sent.sort.top_k
+        if most <= FEW_TOKENS and not torch.is_grad_enabled():
+            blocks = (gate_up_fp8.blocks, down_fp8.blocks)
+            return fp8.few(rows_MD, *blocks, sent.gates_M, counts_E, most)
+        gate_up_MG = fp8.grouped_linear(rows_MD, gate_up, gate_up_fp8, counts_E)
         return fp8.gated_linear(gate_up_MG, None, sent.gates_M, down, down_fp8, counts_E)
+
+    def _one_by_one(self, sent: Sent) -> Tensor:
+        """Multiply by one expert's matrices after the other's, as they are stored."""
+        assert isinstance(sent.rows_MD, Tensor), "tiles are for products in FP8"
+        out_MD = torch.empty_like(sent.rows_MD)
+        segments = (x.split(sent.counts) for x in (sent.rows_MD, sent.gates_M, out_MD))
+        for expert, *segment in zip(self.store.in_memory(), *segments, strict=True):
+            rows_mD, gates_m, out_mD = segment
+            if len(rows_mD):
+                gate_mF, up_mF = (self.linear(rows_mD, w, self.dtype) for w in expert[:2])
+                hidden_mF = self.swiglu(gate_mF, up_mF, gates_m)
+                out_mD.copy_(self.linear(hidden_mF, expert.down, self.dtype))
+        return out_MD
 
     def activate(self, gate_up_MG: Tensor, gates_M: Tensor) -> Tensor:
         """SwiGLU times the routing weight, ``[M, F]``."""

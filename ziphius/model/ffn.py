@@ -130,6 +130,8 @@ class MixtureOfExperts(nn.Module):
         if routed.sort is None:
             assert isinstance(u_ND, Tensor), "experts in place take rows as they are"
             return self.in_place(u_ND, routed.routing)
+        if isinstance(u_ND, Tiled) and self.experts.fp8 is None:
+            u_ND = u_ND.value
         if isinstance(u_ND, Tensor):
             u_ND = u_ND.to(self.experts.dtype)
         return self.dispatcher.dispatch(u_ND, routed.routing, routed.sort)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ziphius.kernels.fp8 import Fp8Weight, Operand, Tiled
 from ziphius.kernels.kept import KeptOutput
 from ziphius.kernels.select import Kernels
+from ziphius.kernels.stored import Codes
 from ziphius.model.derived import Derived
 from ziphius.model.precision import Kind, Precision
 
@@ -44,13 +45,16 @@ class Linear(nn.Module):
         """Multiply ``[..., in]`` to ``[..., out]``; ``kept`` holds ``x`` for backward already."""
         if self.fp8 is not None:
             return self.fp8.linear(self.fp8.operand(x), self.weight, self.in_fp8(), kept)
-        assert isinstance(x, Tensor), "tiles are for products in FP8"
-        y: Tensor = self.linear(x, self.weight, self.dtype)
+        # A checkpoint in FP8 may hold some layers otherwise.
+        value = x.value if isinstance(x, Tiled) else x
+        y: Tensor = self.linear(value, self.weight, self.dtype)
         return y
 
     def in_fp8(self) -> Fp8Weight:
-        """Return the weight as FP8 products take it, quantised once a version."""
+        """Return the weight as FP8 products take it: as stored, or quantised once a version."""
         assert self.fp8 is not None, "asked for by products in FP8"
+        if isinstance(self.weight, Codes):  # a checkpoint's own, which only answers
+            return Fp8Weight(self.weight.blocks, None)
         form: Fp8Weight = self.derived.get("fp8", self.weight, self.fp8.weight)
         return form
 

@@ -159,8 +159,12 @@ class Transformer(nn.Module):
         The angles are float64 on the CPU: some devices have none.
         """
         rope = rope_at(self.config, torch.arange(length), self.precision.high)
-        device = self.embed_tokens.weight.device
-        return Rope(rope.cos_Tr.to(device), rope.sin_Tr.to(device))
+        return Rope(rope.cos_Tr.to(self.device), rope.sin_Tr.to(self.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.embed_tokens.weight.device
 
     def blocks(self) -> Iterator[BlockPlace]:
         """Yield every block this process holds with its place, MTP blocks included."""

@@ -225,6 +225,7 @@ class _Engine(Collector):
             {
                 "model_name": self._model,
                 "dtype": model.dtype,
+                "device": model.device,
                 "kernels": model.kernels,
                 "speculation": model.speculation,
                 "context": str(model.context),

@@ -52,6 +52,7 @@ class ModelInfo(msgspec.Struct, array_like=True):
     bos: int
     eos: list[int]
     dtype: str
+    device: str
     kernels: str
     speculation: str  # off, auto or on
     draft_depth: int

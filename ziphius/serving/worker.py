@@ -212,6 +212,7 @@ def _end(number: int, request: Request) -> End:
 
 def describe(engine: Engine) -> ModelInfo:
     """Say of an engine what the server has to know."""
+    from ziphius.inference.choose import device_name
     from ziphius.model.count import count
 
     config, options = engine.model.config, engine.options
@@ -222,6 +223,7 @@ def describe(engine: Engine) -> ModelInfo:
         bos=config.bos_token_id,
         eos=sorted(engine.end_ids),
         dtype=str(engine.model.precision.compute).removeprefix("torch."),
+        device=device_name(engine.model.device),
         kernels=str(engine.model.kernels),
         speculation=engine.pace.mode,
         draft_depth=engine.pace.depth,

@@ -73,7 +73,7 @@ def _compiled(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> 
     launch = {name: options[name] for name in options if name not in function.arg_names}
     signature, constants, attributes = {}, {}, {}
     for number, parameter in enumerate(function.params):
-        value = values[parameter.name] if parameter.name in values else parameter.default
+        value = values.get(parameter.name, parameter.default)
         kind = "constexpr" if parameter.is_constexpr else _type(value)
         signature[parameter.name] = kind
         if kind == "constexpr":
@@ -145,7 +145,31 @@ def latent() -> None:
         triton_latent.values(z_NHC, up_HCn.transpose(1, 2))
 
 
-CALLS: dict[str, Callable[[], None]] = {"attention": attention, "latent": latent}
+def loss() -> None:
+    """Cross entropy over the published vocabulary, and over one whose rows are not aligned."""
+    from ziphius.kernels.triton.loss import cross_entropy_rows_triton
+
+    for V, dtype in ((129280, torch.bfloat16), (129280, torch.float32), (50257, torch.bfloat16)):
+        logits_nV, targets_n = torch.empty(2, V, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+        cross_entropy_rows_triton(logits_nV, targets_n)
+
+
+def route() -> None:
+    """The router of the published model, forward and backward."""
+    from ziphius.kernels.triton.route import route_triton
+
+    logits_NE = torch.empty(4096, 256, requires_grad=True)
+    rule = {"top_k": 8, "n_group": 8, "topk_group": 4, "normalise": True, "scale": 2.5}
+    _, weights_NK, scores_NE = route_triton(logits_NE, torch.empty(256), **rule)
+    (weights_NK.sum() + scores_NE.sum()).backward()
+
+
+CALLS: dict[str, Callable[[], None]] = {
+    "attention": attention,
+    "latent": latent,
+    "loss": loss,
+    "route": route,
+}
 
 
 def main(names: list[str]) -> None:

@@ -4,6 +4,9 @@ Keys have two parts (``DA`` columns, a power of two, and the rest in ``DB``): 19
 128 and 64 and not 256 with a quarter of nothing. Scores are in units of log 2.
 """
 
+# Arguments of kernels have the compiler's types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -223,7 +226,9 @@ class _Attention(torch.autograd.Function):
             V = v_BHTv.shape[-1]
             delta_kernel[(B * H * triton.cdiv(T, 32),)](
                 *(out_BHTv, dout_BHTv, delta_BHT, *_strides(out_BHTv, dout_BHTv), H, T),
-                **{"V": V, "DV": _power(V), "OWN": 32},
+                V=V,
+                DV=_power(V),
+                OWN=32,
             )
         if q_BHTd.numel():
             for kernel, launch, bounds, outputs in (
@@ -261,9 +266,15 @@ def _shape(q_BHTd: Tensor, v_BHTv: Tensor, documents: Tensor | None, launch: Lau
     D, V, T = q_BHTd.shape[-1], v_BHTv.shape[-1], q_BHTd.shape[2]
     DA, DB = parts(D)
     return {
-        **{"D": D, "V": V, "DA": DA, "DB": DB, "DV": _power(V)},
-        **{"DOCUMENTS": documents is not None, "EVEN": T % max(launch.own, launch.met) == 0},
-        **{"OWN": launch.own, "MET": launch.met},
+        "D": D,
+        "V": V,
+        "DA": DA,
+        "DB": DB,
+        "DV": _power(V),
+        "DOCUMENTS": documents is not None,
+        "EVEN": T % max(launch.own, launch.met) == 0,
+        "OWN": launch.own,
+        "MET": launch.met,
     }
 
 

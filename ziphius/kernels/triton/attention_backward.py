@@ -4,6 +4,9 @@ With ``p`` the weights and ``delta`` a query's ``sum(out * dout)``: ``ds = p (do
 ``dq = scale ds k``, ``dk = scale ds^T q``, ``dv = p^T dout``.
 """
 
+# Arguments of kernels have the compiler's types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton

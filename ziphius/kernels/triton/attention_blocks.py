@@ -1,5 +1,8 @@
 """What the kernels of causal attention share: blocks of rows, their scores, and who sees whom."""
 
+# Arguments of kernels have the compiler's types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton

@@ -5,6 +5,9 @@ first ``C``. A program has rows of queries times heads, so that neighbouring que
 (MTP's two, a prefill chunk's) share what is read for one of them.
 """
 
+# Arguments of kernels have the compiler's types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -72,7 +75,10 @@ class TritonLatent:
             append_kernel[(N,)](
                 *(kv_Nc, gain_C.contiguous(), cosine_Nr, sine_Nr, cache.slots_N, pages),
                 *(kv_Nc.stride(0), eps),
-                **{"C": C, "R": R, "CP": _power(C), "RP": _power(R // 2)},
+                C=C,
+                R=R,
+                CP=_power(C),
+                RP=_power(R // 2),
             )
 
     def queries(self, q_NHd: Tensor, absorbed_HCn: Tensor, turns: Sequence[Tensor]) -> Tensor:
@@ -89,7 +95,11 @@ class TritonLatent:
         cosine_Nr, sine_Nr = (t.contiguous() for t in turns)
         turn_kernel[(triton.cdiv(N * H, 32),)](
             *(q_NHd, cosine_Nr, sine_Nr, out_NHc, N * H, H),
-            **{"D": d, "NOPE": nope, "C": C, "R": d - nope, "RP": _power((d - nope) // 2)},
+            D=d,
+            NOPE=nope,
+            C=C,
+            R=d - nope,
+            RP=_power((d - nope) // 2),
         )
         return out_NHc
 
@@ -114,9 +124,15 @@ class TritonLatent:
             *(q_NHc, cache.pages, cache.tables, cache.sequence_N, cache.position_N),
             *(part_SNHC, lse_SNH, cache.tables.stride(0)),
             *(N, H, cache.first, scale * LOG2E),
-            **{"C": C, "R": width - C, "CP": _power(C), "RP": _power(width - C)},
-            **{"PAGE": page, "QUERIES": queries, "HEADS": heads},
-            **{"MET": launch.met, "KEYS_FIRST": launch.keys_first},
+            C=C,
+            R=width - C,
+            CP=_power(C),
+            RP=_power(width - C),
+            PAGE=page,
+            QUERIES=queries,
+            HEADS=heads,
+            MET=launch.met,
+            KEYS_FIRST=launch.keys_first,
             num_warps=launch.warps,
             num_stages=launch.stages,
         )

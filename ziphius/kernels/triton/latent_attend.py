@@ -1,5 +1,8 @@
 """MLA's attention in the absorbed form over pages: parts of a sequence, then their sum."""
 
+# Arguments of kernels have the compiler's types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton
@@ -146,14 +149,12 @@ def _rows(
     if PAGE % MET == 0:
         row = tl.load(tables_ptr + met // PAGE) * PAGE + met % PAGE
         return pages_ptr + row * WIDTH + tl.arange(0, MET)[:, None] * WIDTH
-    else:
-        row = tl.load(tables_ptr + keys // PAGE, there, other=0) * PAGE + keys % PAGE
-        return pages_ptr + row[:, None] * WIDTH
+    row = tl.load(tables_ptr + keys // PAGE, there, other=0) * PAGE + keys % PAGE
+    return pages_ptr + row[:, None] * WIDTH
 
 
 @triton.jit
 def _load(ptr, rows, columns, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     if WIDTH == PADDED:
         return tl.load(ptr, rows[:, None], other=0.0)
-    else:
-        return tl.load(ptr, rows[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    return tl.load(ptr, rows[:, None] & (columns < WIDTH)[None, :], other=0.0)

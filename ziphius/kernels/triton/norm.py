@@ -1,8 +1,8 @@
 """RMSNorm on a GPU: a row is read once forward, and its input and gradient once backward.
 
-The norm that is quantised is the norm that is returned, by one kernel with or without the codes, so
-fused and unfused have the same bits. No sum depends on how many rows there are but the gradient of
-the weight, whose order is fixed by their number.
+The codes are those of the norm as it is returned, rounded. No sum over a row depends on how many
+rows there are; that of the weight's gradient has an order that their number fixes. With codes and
+without, a row's sum may have another order, since the compiler spreads a row otherwise.
 """
 
 from __future__ import annotations

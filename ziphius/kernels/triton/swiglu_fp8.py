@@ -1,0 +1,271 @@
+"""SwiGLU with its quantisers on a GPU: each number is read once and written once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ziphius.kernels.quantize import Fp8
+from ziphius.kernels.triton.bits import interpreted
+from ziphius.kernels.triton.groups import (
+    block_of_experts,
+    codes_of,
+    empty_tiles,
+    empty_turned,
+    load_square,
+    locate,
+    store_groups,
+    store_turned,
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How much a program takes: groups forward and of a row back, channels of a turned square."""
+
+    groups: int = 16
+    channels: int = 64
+    back: int = 16
+    warps: int = 4
+
+
+CANDIDATES = (
+    Launch(),
+    Launch(groups=8, channels=32, back=8),
+    Launch(groups=32, channels=64, back=32, warps=8),
+)
+
+
+class TritonSwigluFp8:
+    """What ``TorchSwigluFp8`` does. A sigmoid may differ from torch's in its last bits."""
+
+    def __init__(self, launch: Launch | None = None) -> None:
+        self.launch = launch or Launch()
+
+    def forward(
+        self,
+        gate_MF: Tensor,
+        up_MF: Tensor,
+        gates_M: Tensor | None,
+        *,
+        power_of_two: bool = False,
+    ) -> tuple[Fp8, Fp8, Fp8]:
+        """Return the product and both inputs in tiles."""
+        outputs = tuple(empty_tiles(gate_MF.shape, gate_MF.device) for _ in range(3))
+        hidden, gate, up = outputs
+        groups, size = hidden.scales.numel(), self.launch
+        if groups:
+            _forward_kernel[(triton.cdiv(groups, size.groups),)](
+                gate_MF,
+                up_MF,
+                gates_M,
+                *(part for q in outputs for part in (codes_of(q), q.scales)),
+                gate_MF.stride(0),
+                up_MF.stride(0),
+                gate_MF.shape[1],
+                groups,
+                GROUPS=size.groups,
+                POWER_OF_TWO=power_of_two,
+                INTERPRETED=interpreted(),
+                num_warps=size.warps,
+            )
+        return hidden, gate, up
+
+    def turned(
+        self,
+        gate: Fp8,
+        up: Fp8,
+        gates_M: Tensor | None,
+        counts_E: Tensor | None = None,
+        *,
+        power_of_two: bool = False,
+    ) -> Fp8:
+        """Compute the product again from the kept inputs, and turn it."""
+        (rows, columns), size = gate.codes.shape, self.launch
+        out = empty_turned(rows, columns, counts_E, gate.codes.device)
+        if out.scales.numel():
+            _turned_kernel[(triton.cdiv(columns, size.channels), out.scales.shape[1])](
+                gate.codes,
+                gate.scales,
+                up.codes,
+                up.scales,
+                gates_M,
+                counts_E,
+                codes_of(out),
+                out.scales,
+                rows,
+                columns,
+                out.codes.shape[1],
+                0 if counts_E is None else len(counts_E),
+                CHANNELS=size.channels,
+                EXPERTS=block_of_experts(counts_E),
+                POWER_OF_TWO=power_of_two,
+                INTERPRETED=interpreted(),
+                num_warps=size.warps,
+            )
+        return out
+
+    def backward(
+        self,
+        gate: Fp8,
+        up: Fp8,
+        gates_M: Tensor | None,
+        dhidden_MF: Tensor,
+        dgate_MF: Tensor,
+        dup_MF: Tensor,
+    ) -> Tensor | None:
+        """Write the inputs' gradients; return the routing weights'."""
+        (rows, columns), size = gate.codes.shape, self.launch
+        dgates_M = None if gates_M is None else torch.empty_like(gates_M, dtype=torch.float32)
+        if gate.codes.numel():
+            groups = min(size.back, triton.next_power_of_2(gate.scales.shape[1]))
+            _backward_kernel[(rows,)](
+                gate.codes,
+                gate.scales,
+                up.codes,
+                up.scales,
+                gates_M,
+                dhidden_MF,
+                dgate_MF,
+                dup_MF,
+                dgates_M,
+                dhidden_MF.stride(0),
+                dgate_MF.stride(0),
+                dup_MF.stride(0),
+                columns,
+                GROUPS=groups,
+                num_warps=size.warps,
+            )
+        return dgates_M
+
+
+@triton.jit
+def _sigmoid(x: tl.tensor) -> tl.tensor:
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _forward_kernel(
+    gate: tl.tensor,
+    up: tl.tensor,
+    gates: tl.tensor,
+    hidden_codes: tl.tensor,
+    hidden_scales: tl.tensor,
+    gate_codes: tl.tensor,
+    gate_scales: tl.tensor,
+    up_codes: tl.tensor,
+    up_scales: tl.tensor,
+    gate_stride: tl.tensor,
+    up_stride: tl.tensor,
+    columns: tl.tensor,
+    groups: tl.tensor,
+    GROUPS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> None:
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    tiles = tl.cdiv(columns, 128)
+    row, tile = (group // tiles).to(tl.int64), group % tiles
+    valid = group < groups
+    column = (tile * 128)[:, None] + tl.arange(0, 128)[None, :]
+    mask = valid[:, None] & (column < columns)
+    at = gate + (row * gate_stride)[:, None] + column
+    g = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    at = up + (row * up_stride)[:, None] + column
+    u = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    store_groups(g, gate_codes, gate_scales, row, tile, columns, valid, False, INTERPRETED)
+    store_groups(u, up_codes, up_scales, row, tile, columns, valid, False, INTERPRETED)
+    hidden = g * _sigmoid(g) * u
+    if gates is not None:
+        hidden *= tl.load(gates + row, mask=valid, other=0.0)[:, None]
+    store_groups(
+        hidden, hidden_codes, hidden_scales, row, tile, columns, valid, POWER_OF_TWO, INTERPRETED
+    )
+
+
+@triton.jit
+def _turned_kernel(
+    gate_codes: tl.tensor,
+    gate_scales: tl.tensor,
+    up_codes: tl.tensor,
+    up_scales: tl.tensor,
+    gates: tl.tensor,
+    counts: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    width: tl.tensor,
+    experts: tl.tensor,
+    CHANNELS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> None:
+    tile = tl.program_id(1)
+    first, filled = locate(counts, tile, rows, experts, EXPERTS)
+    line = tl.arange(0, 128)
+    row, valid = (first + line).to(tl.int64), line < filled
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    own = row * tl.cdiv(columns, 128) + tl.program_id(0) * CHANNELS // 128
+    g = load_square(gate_codes, row, valid, columns, channel, columns)
+    g *= tl.load(gate_scales + own, mask=valid, other=0.0)[:, None]
+    u = load_square(up_codes, row, valid, columns, channel, columns)
+    u *= tl.load(up_scales + own, mask=valid, other=0.0)[:, None]
+    hidden = g * _sigmoid(g) * u
+    if gates is not None:
+        hidden *= tl.load(gates + row, mask=valid, other=0.0)[:, None]
+    place = channel.to(tl.int64)
+    store_turned(hidden, codes, scales, place, tile, columns, width, POWER_OF_TWO, INTERPRETED)
+
+
+@triton.jit
+def _backward_kernel(
+    gate_codes: tl.tensor,
+    gate_scales: tl.tensor,
+    up_codes: tl.tensor,
+    up_scales: tl.tensor,
+    gates: tl.tensor,
+    dhidden: tl.tensor,
+    dgate: tl.tensor,
+    dup: tl.tensor,
+    dgates: tl.tensor,
+    dhidden_stride: tl.tensor,
+    dgate_stride: tl.tensor,
+    dup_stride: tl.tensor,
+    columns: tl.tensor,
+    GROUPS: tl.constexpr,
+) -> None:
+    """Take a row, some groups at a time: only a whole row gives its routing weight's gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(columns, 128)
+    weight = 1.0
+    if gates is not None:
+        weight = tl.load(gates + row)
+    total = tl.zeros((GROUPS, 128), tl.float32)
+    for first in range(0, tiles, GROUPS):
+        tile = first + tl.arange(0, GROUPS)
+        column = (tile * 128)[:, None] + tl.arange(0, 128)[None, :]
+        mask = column < columns
+        own, there = row * tiles + tile, tile < tiles
+        g = tl.load(gate_codes + row * columns + column, mask=mask, other=0.0).to(tl.float32)
+        g *= tl.load(gate_scales + own, mask=there, other=0.0)[:, None]
+        u = tl.load(up_codes + row * columns + column, mask=mask, other=0.0).to(tl.float32)
+        u *= tl.load(up_scales + own, mask=there, other=0.0)[:, None]
+        dh = tl.load(dhidden + row * dhidden_stride + column, mask=mask, other=0.0).to(tl.float32)
+        sigmoid = _sigmoid(g)
+        silu = g * sigmoid
+        if gates is not None:
+            total += dh * silu * u
+            dh *= weight
+        dg = dh * u * (sigmoid + silu * (1.0 - sigmoid))
+        at = dgate + row * dgate_stride + column
+        tl.store(at, dg.to(dgate.dtype.element_ty), mask=mask)
+        at = dup + row * dup_stride + column
+        tl.store(at, (dh * silu).to(dup.dtype.element_ty), mask=mask)
+    if gates is not None:
+        tl.store(dgates + row, tl.sum(tl.sum(total, 1), 0))
