@@ -41,7 +41,7 @@ class Poison(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         if function in _UNWRITTEN and result.numel() and result.device.type != "meta":
             fill = result if result.is_contiguous() else result.as_strided(*_whole(result))
-            fill.view(torch.uint8 if fill.dtype != torch.bool else torch.bool).fill_(255)
+            fill.view(-1).view(torch.uint8).fill_(255)
         return result
 
 

@@ -14,8 +14,9 @@ STEP: Mapping[str, Sequence[str]] = {
     "sort": ("_count_kernel", "_scan_kernel", "_place_kernel"),
     "dispatch": ("_permute_tiles_kernel",),
     "combine": ("_unpermute_kernel",),
-    "norm": ("_forward_kernel", "_backward_kernel", "_sum_kernel"),
-    "kept output": ("_encode_kernel", "_decode_kernel"),
+    "norm": ("_norm_kernel", "_norm_backward_kernel", "_norm_sum_kernel"),
+    "SwiGLU": ("_swiglu_kernel", "_swiglu_turned_kernel", "_swiglu_backward_kernel"),
+    "kept output": ("_encode_e5m6_kernel", "_decode_e5m6_kernel"),
     "loss": ("cross_entropy_kernel",),
 }
 # Of an answer: decoding over the paged cache.
@@ -25,5 +26,6 @@ ANSWER: Mapping[str, Sequence[str]] = {
 # What neither has, and why.
 SELDOM: Mapping[str, str] = {
     "reach_kernel": "rows of several documents with pretrain's document mask",
+    "_sum_kernel": "products of few rows, whose sums several programs share",
     "_permute_kernel": "dispatch in BF16, and the gradient of combining",
 }

@@ -7,6 +7,7 @@ can do no more, or ``{"error"}``. The first answer, to no request, has the peaks
 from __future__ import annotations
 
 import dataclasses
+import gc
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ def serve(setting: Setting) -> None:
     place = Place(device, torch.bfloat16 if gpu else torch.float32)
     peaks = Peaks(**setting.peaks) if setting.peaks else peaks_of.measure(device, clock)
     process.say(dataclasses.asdict(peaks))
+    gc.freeze()  # what libraries hold is not looked through again after every version
 
     def answer(asked: Line) -> Line:
         try:

@@ -104,6 +104,7 @@ def test_memory_that_is_not_written_is_nan(dtype: torch.dtype) -> None:
             torch.empty_like(x),
             x.new_empty(3, 2),
             torch.empty_strided((2, 3), (1, 2), dtype=dtype, device=PLACE.device),
+            torch.empty((), dtype=dtype, device=PLACE.device),
         ]
         written = torch.zeros(3, dtype=torch.float32, device=PLACE.device)
     assert all(t.float().isnan().all() for t in taken)

@@ -29,7 +29,7 @@ class TritonE5M6:
         if groups and x.numel():
             whole = width % TILE == 0
             where = packed.view(torch.int32) if whole else packed
-            _encode_kernel[(triton.cdiv(groups, GROUPS),)](
+            _encode_e5m6_kernel[(triton.cdiv(groups, GROUPS),)](
                 *(x_MC, where, scales, x_MC.stride(0), width, row, groups),
                 GROUPS=GROUPS,
                 WHOLE=whole,
@@ -43,12 +43,12 @@ class TritonE5M6:
         if out.numel():
             grid = (rows, triton.cdiv(width, COLUMNS))
             row, tiles = q.packed.shape[-1], q.scales.shape[-1]
-            _decode_kernel[grid](q.packed, q.scales, out, width, row, tiles, COLUMNS=COLUMNS)
+            _decode_e5m6_kernel[grid](q.packed, q.scales, out, width, row, tiles, COLUMNS=COLUMNS)
         return out
 
 
 @triton.jit
-def _encode_kernel(
+def _encode_e5m6_kernel(
     x, packed, scales, stride, width, row, groups, GROUPS: tl.constexpr, WHOLE: tl.constexpr
 ):
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
@@ -99,7 +99,7 @@ def _round(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _decode_kernel(packed, scales, out, width, row, tiles, COLUMNS: tl.constexpr):
+def _decode_e5m6_kernel(packed, scales, out, width, row, tiles, COLUMNS: tl.constexpr):
     at = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width

@@ -65,7 +65,7 @@ def norm_backward_triton(
     partial_SD = torch.empty(shares, columns, dtype=torch.float32, device=x.device)
     dweight_D = torch.zeros_like(gain_D)
     if x.numel():
-        _backward_kernel[(shares,)](
+        _norm_backward_kernel[(shares,)](
             x_MD,
             gain_D,
             inverse_root,
@@ -80,7 +80,7 @@ def norm_backward_triton(
             BLOCK=block,
             num_warps=warps,
         )
-        _sum_kernel[(triton.cdiv(columns, COLUMNS),)](
+        _norm_sum_kernel[(triton.cdiv(columns, COLUMNS),)](
             partial_SD,
             dweight_D,
             shares,
@@ -103,7 +103,7 @@ def _forward(
     q = None if power_of_two is None else empty_tiles(x.shape, x.device)
     block, lines, warps = _sizes(columns)
     if x.numel():
-        _forward_kernel[(triton.cdiv(rows, lines),)](
+        _norm_kernel[(triton.cdiv(rows, lines),)](
             x_MD,
             weight.contiguous(),
             out,
@@ -132,7 +132,7 @@ def _sizes(columns: int) -> tuple[int, int, int]:
 
 
 @triton.jit
-def _forward_kernel(
+def _norm_kernel(
     x: tl.tensor,
     weight: tl.tensor,
     out: tl.tensor,
@@ -174,7 +174,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _norm_backward_kernel(
     x: tl.tensor,
     weight: tl.tensor,
     inverse_root: tl.tensor,
@@ -212,7 +212,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _sum_kernel(
+def _norm_sum_kernel(
     partial: tl.tensor,
     dweight: tl.tensor,
     shares: tl.tensor,

@@ -59,7 +59,7 @@ class TritonSwigluFp8:
         hidden, gate, up = outputs
         groups, size = hidden.scales.numel(), self.launch
         if groups:
-            _forward_kernel[(triton.cdiv(groups, size.groups),)](
+            _swiglu_kernel[(triton.cdiv(groups, size.groups),)](
                 gate_MF,
                 up_MF,
                 gates_M,
@@ -88,7 +88,7 @@ class TritonSwigluFp8:
         (rows, columns), size = gate.codes.shape, self.launch
         out = empty_turned(rows, columns, counts_E, gate.codes.device)
         if out.scales.numel():
-            _turned_kernel[(triton.cdiv(columns, size.channels), out.scales.shape[1])](
+            _swiglu_turned_kernel[(triton.cdiv(columns, size.channels), out.scales.shape[1])](
                 gate.codes,
                 gate.scales,
                 up.codes,
@@ -123,7 +123,7 @@ class TritonSwigluFp8:
         dgates_M = None if gates_M is None else torch.empty_like(gates_M, dtype=torch.float32)
         if gate.codes.numel():
             groups = min(size.back, triton.next_power_of_2(gate.scales.shape[1]))
-            _backward_kernel[(rows,)](
+            _swiglu_backward_kernel[(rows,)](
                 gate.codes,
                 gate.scales,
                 up.codes,
@@ -149,7 +149,7 @@ def _sigmoid(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _forward_kernel(
+def _swiglu_kernel(
     gate: tl.tensor,
     up: tl.tensor,
     gates: tl.tensor,
@@ -188,7 +188,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _turned_kernel(
+def _swiglu_turned_kernel(
     gate_codes: tl.tensor,
     gate_scales: tl.tensor,
     up_codes: tl.tensor,
@@ -224,7 +224,7 @@ def _turned_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _swiglu_backward_kernel(
     gate_codes: tl.tensor,
     gate_scales: tl.tensor,
     up_codes: tl.tensor,
