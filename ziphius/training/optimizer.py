@@ -45,6 +45,12 @@ class AdamW:
         self.first = [zeros(p) for p in self.parameters]
         self.second = [zeros(p) for p in self.parameters]
 
+    @torch.no_grad()
+    def unscale(self, scale: float) -> None:
+        """Divide the gradients by a power of two that the loss was multiplied by."""
+        if scale != 1:
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], 1 / scale)
+
     def clip(self) -> float:
         """Scale the gradients to the global norm of the recipe; return the norm before."""
         return nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm).item()

@@ -46,8 +46,10 @@ class Launches(NamedTuple):
 
 # The first is the choice, the others are what a benchmark may try instead.
 HALF_LAUNCHES = (
-    Launches(Launch(64, 4, 5, 132, True), Launch(64, 8, 2, 132, False)),
-    Launches(Launch(32, 4, 5, 264, False), Launch(32, 8, 3, 132, False)),
+    Launches(Launch(64, 8, 3, 264, False), Launch(64, 8, 2, 132, False)),
+    Launches(Launch(32, 4, 5, 264, True), Launch(32, 8, 3, 132, False)),
+    Launches(Launch(64, 4, 2, 132, True), Launch(32, 8, 4, 132, False)),
+    Launches(Launch(32, 4, 5, 528, True), Launch(64, 8, 2, 264, False)),
 )
 SINGLE_LAUNCHES = Launches(Launch(16, 4, 1, 264, True), Launch(16, 8, 1, 132, False))
 
