@@ -20,6 +20,7 @@ from ziphius.kernels.triton.groups import (
     locate,
     store_groups,
     store_turned,
+    words_of,
 )
 
 
@@ -95,7 +96,7 @@ class TritonSwigluFp8:
                 up.scales,
                 gates_M,
                 counts_E,
-                codes_of(out),
+                words_of(out),
                 out.scales,
                 rows,
                 columns,
