@@ -47,7 +47,7 @@ class Config(NamedTuple):
 # What a benchmark sweeps: for any number of rows, and for one.
 DOTS = tuple(
     Config(True, block_o, 128, 4, stages, splits)
-    for block_o, stages in ((64, 3), (32, 4), (128, 3))
+    for block_o, stages in ((64, 3), (64, 5), (32, 4))
     for splits in (2, 8)
 )
 ONE_ROW = tuple(
