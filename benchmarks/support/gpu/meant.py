@@ -19,9 +19,28 @@ STEP: Mapping[str, Sequence[str]] = {
     "kept output": ("_encode_e5m6_kernel", "_decode_e5m6_kernel"),
     "loss": ("cross_entropy_kernel",),
 }
-# Of an answer: decoding over the paged cache.
+# Of answers alone.
 ANSWER: Mapping[str, Sequence[str]] = {
     "latent": ("append_kernel", "turn_kernel", "attend_kernel", "merge_kernel"),
+    "stored codes": ("_one_row_kernel", "_few_rows_kernel", "_decode_codes_kernel"),
+}
+# Of a served request, its prompt and its tokens, by the form of the checkpoint.
+_ANY = (
+    *ANSWER["latent"],
+    *STEP["sort"],
+    *STEP["combine"],
+    "route_kernel",
+    "_norm_kernel",
+)
+_INTEGERS = (*_ANY, "_few_rows_kernel", "_decode_codes_kernel", "_permute_kernel")
+SERVED: Mapping[str, Sequence[str]] = {
+    "bf16": (*_ANY, "_permute_kernel"),
+    "fp8": (
+        *(*_ANY, *STEP["dispatch"], "_tiles_kernel", "_swiglu_kernel"),
+        *("_product_kernel", "_rows_kernel"),
+    ),
+    "int8": (*_INTEGERS, "_one_row_kernel"),
+    "int4": _INTEGERS,
 }
 # What neither has, and why.
 SELDOM: Mapping[str, str] = {
