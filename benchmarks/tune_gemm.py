@@ -24,15 +24,19 @@ import torch
 from torch import Tensor
 
 from ziphius.kernels.quantize import Fp8, dequantize, quantize_blocks, quantize_tiles, turn
-from ziphius.kernels.triton import gemm, grouped_gemm
-from ziphius.kernels.triton.product import Config
+from ziphius.kernels.stored import Codes
+from ziphius.kernels.triton import gemm, grouped_gemm, weight_only
 
 LAYERS = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
 EXPERTS = ((4096, 7168), (7168, 2048))
 CONTIGUOUS = ((4, 8192), (8, 4096))
 MASKED = ((1, 1024), (2, 512), (4, 256))
-ROWS = (64, 128, 4096)
-PARTS = ("small", "dense", "contiguous", "masked", "along_k", "tiles")
+GRADIENTS = ((4096, 7168, 4096), (7168, 2048, 8192))
+ROWS = (4096, 64, 128)
+WEIGHTS = ((7168, 2048), (2048, 7168))
+ANSWERING = (1, 8)
+GROUP = 128
+PARTS = ("small", "dense", "contiguous", "masked", "along_k", "tiles", "weights")
 # More than a second-level cache of 60 MB.
 CACHE = 160e6
 MOST_COPIES = 10
@@ -51,7 +55,7 @@ class Case:
     make: Callable[[], tuple[Any, ...]]
     run: Callable[..., Tensor]
     plain: Callable[[tuple[Any, ...]], Callable[[], Tensor]] | None
-    candidates: tuple[Config, ...]
+    candidates: tuple[Any, ...]
     expected: Callable[[tuple[Any, ...]], Tensor]
     compare: Callable[[Tensor], Tensor] = lambda out: out
 
@@ -147,7 +151,7 @@ def dense(parts: set[str], device: torch.device) -> Iterator[Case]:
 
 def gradients(device: torch.device) -> Iterator[Case]:
     """Gradients of weights: both operands in tiles, FP32 out."""
-    for M, N, K in ((4096, 7168, 4096), (7168, 2048, 8192)):
+    for M, N, K in GRADIENTS:
 
         def make(M: int = M, N: int = N, K: int = K) -> tuple[Fp8, Fp8]:
             a, b = (torch.randn(rows, K, device=device) for rows in (M, N))
@@ -220,7 +224,7 @@ def along_k(device: torch.device) -> Iterator[Case]:
         counts = torch.full((experts,), rows, device=device)
         counts[0] += counts[1] - 50
         counts[1] = 0
-        N, K = 7168, 2048
+        N, K = EXPERTS[-1]
 
         def make(counts: Tensor = counts, N: int = N, K: int = K) -> tuple[Fp8, Fp8, Tensor]:
             x, y = (torch.randn(int(counts.sum()), width, device=device) for width in (N, K))
@@ -235,6 +239,46 @@ def along_k(device: torch.device) -> Iterator[Case]:
             ),
             None, grouped_gemm.ALONG_K_CANDIDATES, _expected_along_k,
         )  # fmt: skip
+
+
+def weights(device: torch.device) -> Iterator[Case]:
+    """Products with integer weights; the floor is the bytes of their codes."""
+    for form, bits in (("int8", 8), ("int4", 4), ("fp8", 8)):
+        for N in ANSWERING:
+            for O, I in WEIGHTS:  # noqa: E741
+
+                def make(
+                    form: str = form,
+                    bits: int = bits,
+                    N: int = N,
+                    O: int = O,  # noqa: E741
+                    I: int = I,  # noqa: E741
+                ) -> tuple[Tensor, Codes]:
+                    codes = torch.randn(O, I * bits // 8, device=device) * 60 + 128
+                    data = codes.clamp(0, 255).to(torch.uint8)
+                    if form == "fp8":
+                        data = torch.randn(O, I, device=device).to(torch.float8_e4m3fn)
+                    rows = GROUP if form == "fp8" else 1
+                    scales = torch.rand(-(-O // rows), I // GROUP, device=device) + 0.5
+                    x = torch.randn(N, I, device=device, dtype=torch.bfloat16)
+                    return x, Codes(data.view(torch.uint8), scales, form, GROUP, rows)
+
+                candidates = weight_only.DOTS + (weight_only.ONE_ROW if N == 1 else ())
+                yield Case(
+                    "weights", f"{form} {N} x {O} x {I}", 2.0 * N * O * I,
+                    O * I * bits / 8 + 2.0 * N * (O + I), make,
+                    lambda x, w, config: weight_only.weight_only_triton(x, w, config=config),
+                    _plain_weights, candidates, _expected_weights,
+                )  # fmt: skip
+
+
+def _plain_weights(operands: tuple[Any, ...]) -> Callable[[], Tensor]:
+    x, decoded = operands[0], operands[1].decode(torch.bfloat16)
+    return lambda: x @ decoded.T
+
+
+def _expected_weights(operands: tuple[Any, ...]) -> Tensor:
+    return operands[0].float() @ operands[1].decode(torch.float32).T
 
 
 def _plain(operands: tuple[Any, ...]) -> Callable[[], Tensor]:
@@ -264,11 +308,19 @@ def _expected_along_k(operands: tuple[Any, ...]) -> Tensor:
 
 def cases(parts: set[str], device: torch.device) -> Iterator[Case]:
     """Return the cases of ``parts``, the most wanted first."""
-    made = {"tiles": gradients, "contiguous": contiguous, "masked": masked, "along_k": along_k}
-    yield from dense(parts, device)
+    made = {
+        "contiguous": contiguous,
+        "masked": masked,
+        "along_k": along_k,
+        "tiles": gradients,
+        "weights": weights,
+    }
+    yield from dense(parts - {"small"}, device)
     for part, make in made.items():
         if part in parts:
             yield from make(device)
+        if part == "masked":
+            yield from dense(parts - {"dense"}, device)
 
 
 def line(case: Case, result: dict[str, Any], best: float) -> str:
@@ -302,7 +354,10 @@ def main() -> None:
             print(f"{case.part} {case.name}: no time left", flush=True)
             continue
         if options.engine:
-            case.candidates = tuple(c for c in case.candidates if c.engine == options.engine)
+            chosen = options.engine
+            case.candidates = tuple(
+                c for c in case.candidates if getattr(c, "engine", chosen) == chosen
+            )
         results = list(measure(case, deadline))
         best = min((r["us"] for r in results if r.get("right")), default=0.0)
         print(f"{case.part} {case.name}", flush=True)

@@ -13,6 +13,9 @@ against 512, 768 and 1024 of the tensor cores.
 Programs stay and take one tile after the other, so that loading goes on while sums are stored.
 """
 
+# Arguments of kernels have the compiler's types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from typing import Any

@@ -4,6 +4,9 @@ It runs anywhere, interpreted too, and is what small products run: those that wa
 Large ones on Hopper run ``hopper.py``.
 """
 
+# Arguments of kernels have the compiler's types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -155,5 +158,11 @@ def launch(
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if splits > 1:
-        grid = (triton.cdiv(M * N, _SUM_BLOCK),)
-        _sum_kernel[grid](target, out, M * N, splits, _SUM_BLOCK, num_warps=4)
+        sum_parts(target, out)
+
+
+def sum_parts(parts: Tensor, out: Tensor) -> None:
+    """Add up FP32 ``parts`` ``[S, ...]``, in their order, into ``out`` ``[...]``."""
+    size = out.numel()
+    grid = (triton.cdiv(size, _SUM_BLOCK),)
+    _sum_kernel[grid](parts, out, size, len(parts), _SUM_BLOCK, num_warps=4)

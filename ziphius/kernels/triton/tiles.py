@@ -5,6 +5,9 @@ padding, so a small kernel first writes, on the device, which rows each tile has
 by shapes, and the host never waits for counts.
 """
 
+# Arguments of kernels have the compiler's types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import torch

@@ -1,0 +1,100 @@
+"""The FP8 product in Triton against float64: ragged shapes, both forms of scales, every way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.triton.conftest import ON_GPU
+from tests.kernels.triton.products import close, exact, on
+from ziphius.kernels.gemm import gemm_reference
+from ziphius.kernels.quantize import Fp8, quantize_blocks, quantize_tiles
+from ziphius.kernels.triton.gemm import CANDIDATES, best_height, config, gemm_triton
+from ziphius.kernels.triton.product import Config
+
+QUANTIZERS = {"blocks": quantize_blocks, "tiles": quantize_tiles}
+PLAIN = [c for c in CANDIDATES if c.engine == "plain"]
+
+
+def operands(M: int, N: int, K: int, form: str, seed: int = 0) -> tuple[Fp8, Fp8]:
+    generator = torch.Generator().manual_seed(seed)
+    # Scales far apart, so that none can stand for another.
+    a = torch.randn(M, K, generator=generator) * 10.0 ** torch.randint(
+        -2, 3, (M, 1), generator=generator
+    )
+    b = torch.randn(N, K, generator=generator) * 10.0 ** torch.randint(
+        -2, 3, (1, K), generator=generator
+    )
+    return quantize_tiles(a), QUANTIZERS[form](b)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    M=st.integers(1, 150), N=st.integers(1, 150), K=st.integers(1, 300),
+    form=st.sampled_from(sorted(QUANTIZERS)), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape(M: int, N: int, K: int, form: str, seed: int) -> None:
+    device = torch.device("cuda" if ON_GPU else "cpu")
+    a, b = (on(device, q) for q in operands(M, N, K, form, seed))
+    out = gemm_triton(a, b, torch.float32)
+    assert out.shape == (M, N)
+    assert close(out, exact(a, b))
+
+
+@pytest.mark.parametrize("form", sorted(QUANTIZERS))
+@pytest.mark.parametrize("chosen", CANDIDATES if ON_GPU else PLAIN[::3], ids=str)
+def test_every_candidate(chosen: Config, form: str, device: torch.device) -> None:
+    if form == "tiles" and chosen.block_m > 128:
+        pytest.skip("taller tiles are for blocks only")
+    M, N, K = (1000, 1100, 4112) if ON_GPU else (130, 140, 528)
+    a, b = (on(device, q) for q in operands(M, N, K, form))
+    out = gemm_triton(a, b, torch.float32, config=chosen)
+    assert close(out, exact(a, b))
+    assert torch.equal(out, gemm_triton(a, b, torch.float32, config=chosen))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter cuts BF16 off")
+@pytest.mark.parametrize("shape", [(4096, 2112, 7168), (200, 7168, 2048), (64, 4096, 7168)])
+def test_bf16_at_the_reports_shapes(shape: tuple[int, int, int], device: torch.device) -> None:
+    a, b = (on(device, q) for q in operands(*shape, "blocks"))
+    assert close(gemm_triton(a, b, torch.bfloat16), exact(a, b))
+
+
+@pytest.mark.parametrize("form", sorted(QUANTIZERS))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_where_it_belongs(
+    bad: float, form: str, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, w = (torch.randn(rows, 272, generator=generator) for rows in (5, 140))
+    x[3, 200] = bad
+    w[130, 7] = bad
+    a, b = on(device, quantize_tiles(x)), on(device, QUANTIZERS[form](w))
+    out, right = gemm_triton(a, b, torch.float32).cpu(), gemm_reference(a, b, torch.float32).cpu()
+    assert torch.equal(out.isfinite(), right.isfinite())
+    assert not out[3].isfinite().any()
+    assert out[:3, :128].isfinite().all()
+
+
+def test_nothing_to_do(device: torch.device) -> None:
+    a, b = (on(device, q) for q in operands(4, 6, 16, "blocks"))
+    none = Fp8(a.codes[:0], a.scales[:0])
+    assert gemm_triton(none, b, torch.float32).shape == (0, 6)
+
+
+def test_operands_need_not_be_contiguous(device: torch.device) -> None:
+    a, b = (on(device, q) for q in operands(20, 30, 256, "blocks"))
+    apart = Fp8(a.codes.T.contiguous().T, a.scales.T.contiguous().T)
+    assert torch.equal(gemm_triton(apart, b, torch.float32), gemm_triton(a, b, torch.float32))
+
+
+def test_choice_is_by_shape() -> None:
+    assert config(4096, 7168, 2048).engine == "hopper"
+    small = config(64, 2112, 7168)
+    assert small.engine == "plain"
+    assert small.splits > 1
+    assert config(64, 24576, 1536).splits == 1
+    # 11 columns of tiles of 192 rows: 132 programs take two rounds, those of 128 rows take three.
+    assert best_height(24 * 192, 11 * 128) == 192
