@@ -39,6 +39,7 @@ def main() -> None:
         "intervals": numerics.intervals([2**power for power in range(5, 13)], outputs),
         "layer": numerics.layer(outputs),
         "gradients": numerics.gradients(decades, options.tokens, outputs, at=30000.0),
+        "turning": numerics.turning(options.tokens),
         "floor": numerics.floor([10.0**-exponent for exponent in range(4, 11)]),
         "formats": numerics.formats(),
     }
@@ -75,6 +76,8 @@ def show(figures: Figures) -> None:
     for name in ("tiles", "blocks"):
         table.add_row(name, *percent(found[name]))
     console.print(table)
+    turned = percent(figures["turning"][name] for name in ("FP32", "UE8M0"))
+    console.print(f"turning changes {turned[0]} of the numbers, with UE8M0 scales {turned[1]}\n")
     table = Table("largest of a tile", *(f"{amax:.0e}" for amax in figures["floor"]["amax"]))
     table.title = "error of E4M3 where the scale shrinks no further than for 1e-4"
     table.add_row("rms", *percent(figures["floor"]["rms"]))

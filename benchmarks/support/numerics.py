@@ -24,6 +24,7 @@ from ziphius.kernels.quantize import (
     dequantize,
     quantize_blocks,
     quantize_tiles,
+    regroup,
 )
 
 Figures = dict[str, Any]
@@ -162,6 +163,19 @@ def gradients(ratios: list[float], tokens: int, outputs: int, at: float) -> Figu
             if ratio == at:
                 bins = torch.tensor([0.0, *EDGES[1:-1], math.inf], dtype=torch.float64)
                 found["histogram"][name] = torch.histogram(off, bins).hist.int().tolist()
+    return found
+
+
+def turning(tokens: int) -> Figures:
+    """Share of the numbers in tiles that change when they are turned, by the kind of scale."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.exp(0.5 * torch.randn(tokens, K_OF_THE_LAYER, generator=generator))
+    x = torch.randn(tokens, K_OF_THE_LAYER, generator=generator) * sizes
+    found: Figures = {}
+    for name, power_of_two in (("FP32", False), ("UE8M0", True)):
+        tiles = quantize_tiles(x, power_of_two=power_of_two)
+        turned = dequantize(regroup(tiles, power_of_two=power_of_two))
+        found[name] = short((turned.T[:tokens] != dequantize(tiles)).double().mean())
     return found
 
 

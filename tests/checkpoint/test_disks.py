@@ -66,19 +66,6 @@ def test_a_write_that_the_kernel_stops_leaves_the_old_folder(tmp_path: Path) -> 
     assert set(os.listdir(target)) == {*OLD, "README.md", "state", "manifest.json"}
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_a_disk_that_is_really_full_leaves_the_old_folder(small_disk: Path) -> None:
     target = old_checkpoint(small_disk / "ckpt")
     with (

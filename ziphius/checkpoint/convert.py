@@ -95,13 +95,14 @@ def convert(
             work.require_end_of(target)
             return weights.require_complete(skip_mtp=not mtp)
         check_vocabulary(folder, config)
+        shards = _plan(form, weights, max_shard_bytes)
+        shapes = {name: weights.shape(name) for shard in shards for name in shard.weights}
+        numbers = None if form.whole else numbers_at_a_time(shapes, memory)
         with work.claimed():
-            if not work.goes_on:
+            if not work.checked:
                 _check_source(reader, tell)
+                work.source_is_sound()
             comparison = weights.require_complete(skip_mtp=not mtp)
-            shards = _plan(form, weights, max_shard_bytes)
-            shapes = {name: weights.shape(name) for shard in shards for name in shard.weights}
-            numbers = None if form.whole else numbers_at_a_time(shapes, memory)
             _write_shards(shards, _Pieces(form, weights, shapes, numbers), work, tell)
             work.complete = True
             checksums = {file: entry["sha256"] for file, entry in work.shards.items()}

@@ -97,7 +97,7 @@ def load_in_place(
         precision = replace(precision, fp8=True, power_of_two=whole)
     if kernels.latent == TRITON and chosen not in ON_GPU:
         name = str(chosen).removeprefix("torch.")
-        raise BadInput(f"dtype = {name}: kernels for GPUs compute in bfloat16 or float32: say which")
+        raise BadInput(f"dtype = {name}: GPUs' kernels compute in bfloat16 or float32: say which")
     if expert_bytes is not None and kernels.function("mixture") is None:
         raise BadInput(
             "experts that are read when they are chosen need kernels that take them in place: "

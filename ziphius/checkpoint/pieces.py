@@ -6,6 +6,7 @@ The library itself reads whole tensors (of a slice, too) and writes whole files.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -51,13 +52,22 @@ class Kind(NamedTuple):
 
 
 class PieceReader:
-    """Reads rows of the tensors of one file. Raises OSError as a plain read does."""
+    """Reads rows of the tensors of one file.
+
+    Raises OSError as a plain read does, and ValueError where there is no header.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # stays open until close()
-        length = int.from_bytes(self._file.read(_LENGTH_BYTES), "little")
-        self._base = _LENGTH_BYTES + length
-        header = json.loads(self._file.read(length))
+        try:
+            length = int.from_bytes(self._file.read(_LENGTH_BYTES), "little")
+            self._base = _LENGTH_BYTES + length
+            if self._base > os.fstat(self._file.fileno()).st_size:
+                raise ValueError("is no safetensors file")
+            header = json.loads(self._file.read(length))
+        except BaseException:
+            self._file.close()
+            raise
         self._starts = {n: t["data_offsets"][0] for n, t in header.items() if n != "__metadata__"}
 
     def close(self) -> None:

@@ -37,6 +37,8 @@ BLOCK_BOUND = {FLOAT32: 1 / 28, UE8M0: 1 / 17}
 _SLACK = 1 + 2.0**-12
 # Numbers that are compared at a time.
 _NUMBERS = 2**20
+# The largest error in some rows, and what is wrong with them.
+Found = tuple[float, str]
 
 
 @dataclass(frozen=True)
@@ -131,12 +133,12 @@ class _Pair:
         kind, bound = (COPIED, 0.0) if exact else (ROUNDED, HALF_STEP.get(found, 0.0))
         return _worst(name, kind, bound, [self._rounded(name, part, found) for part in ranges])
 
-    def _rounded(self, name: str, rows: Rows, dtype: torch.dtype) -> _Found:
+    def _rounded(self, name: str, rows: Rows, dtype: torch.dtype) -> Found:
         was, now = self._values(name, rows)
         off = (now - was).abs() / was.abs().clamp(min=torch.finfo(dtype).tiny)
         return float(off.max()), ""
 
-    def _copied(self, name: str, rows: Rows) -> _Found:
+    def _copied(self, name: str, rows: Rows) -> Found:
         """Compare codes and scales, bit for bit."""
         was, now = self.source.stored(name, rows), self.target.stored(name, rows)
         if not isinstance(was, Fp8Weight) or not isinstance(now, Fp8Weight):
@@ -146,7 +148,7 @@ class _Pair:
             return 0.0, "codes or scales are not those of the source"
         return 0.0, self._scale_fault(now.scale_inv)
 
-    def _blocks(self, name: str, rows: Rows) -> _Found:
+    def _blocks(self, name: str, rows: Rows) -> Found:
         """Compare FP8 with what was rounded to it: every number's half step, every scale."""
         stored = self.target.stored(name, rows)
         if not isinstance(stored, Fp8Weight):
@@ -179,11 +181,7 @@ class _Pair:
         return was.double(), now.double()
 
 
-# The largest error in some rows, and what is wrong with them.
-_Found = tuple[float, str]
-
-
-def _worst(name: str, kind: str, bound: float, found: list[_Found]) -> Proved:
+def _worst(name: str, kind: str, bound: float, found: list[Found]) -> Proved:
     error = max(share for share, _ in found)
     faults = [fault for _, fault in found if fault]
     if not faults and not error <= bound * _SLACK:

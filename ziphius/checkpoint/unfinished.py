@@ -32,8 +32,8 @@ class Unfinished:
     ``options`` and ``source``, both JSON, say which conversion it is; ``source`` has a ``folder``
     and whatever else says that it is as it was. What another source or other options made is never
     taken over: ``claimed`` raises BadInput. What a source made before it was changed is thrown
-    away, and so is everything that is not ``resumable``. ``goes_on`` says that a conversion of this
-    very source began here before. ``complete`` is to be set when all shards are finished.
+    away, and so is everything that is not ``resumable``. ``checked`` says that this very source was
+    found sound before. ``complete`` is to be set when all shards are finished.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Unfinished:
         self.target = Path(os.path.realpath(target))
         self.folder = unfinished_folder(self.target)
         self.shards: dict[str, dict[str, Any]] = {}
-        self.goes_on = self.complete = False
+        self.checked = self.complete = False
         self._resumable = resumable
         self._this = {"options": dict(options), "source": dict(source)}
 
@@ -100,6 +100,11 @@ class Unfinished:
         except OSError as error:
             raise self._told(error) from error
 
+    def source_is_sound(self) -> None:
+        """Enter that the source's files have the checksums they should have."""
+        self.checked = True
+        self._write_journal()
+
     def keep(self, file: str) -> None:
         """Enter a shard that is finished: from now on it outlives this process."""
         path = self.folder / file
@@ -132,9 +137,9 @@ class Unfinished:
         found = _read_journal(self.folder)
         if found:
             self._require_same(found)
-            self.goes_on = found["source"] == self._this["source"]
-        if self.goes_on and self._resumable:
-            self.shards = found["shards"]
+        if found and found["source"] == self._this["source"]:
+            self.checked = found["checked"]
+            self.shards = found["shards"] if self._resumable else {}
         for path in self.folder.iterdir():
             if path.name not in (_JOURNAL, _LOCK) and path.name not in self.shards:
                 path.unlink()
@@ -162,7 +167,8 @@ class Unfinished:
         )
 
     def _write_journal(self) -> None:
-        text = json.dumps({"format": _FORMAT, **self._this, "shards": self.shards}, indent=1)
+        state = {"checked": self.checked, "shards": self.shards}
+        text = json.dumps({"format": _FORMAT, **self._this, **state}, indent=1)
         new = self.folder / f"{_JOURNAL}.new"
         with open(new, "w", encoding="utf-8") as file:
             file.write(text + "\n")
@@ -229,6 +235,7 @@ def _read_journal(folder: Path) -> dict[str, Any]:
         entries = journal["shards"].values()
         usable = journal["format"] == _FORMAT and isinstance(journal["options"], dict)
         usable = usable and isinstance(journal["source"]["folder"], str)
+        usable = usable and isinstance(journal["checked"], bool)
         usable = usable and all(isinstance(e["bytes"] + 0, int) and e["sha256"] for e in entries)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

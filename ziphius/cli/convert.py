@@ -272,7 +272,7 @@ def _check(source: Path, target: Path, to: str, console: Console, *, mtp: bool) 
         raise BadInput(f"{target}: is stored as {found}, not as {to}: give --to {found}")
     with Follower(console) as follower:
         proved = prove(source, target, mtp=mtp, on_progress=follower.tell)
-    console.print(_table(proved))
+    _print(proved, console)
     wrong = [each for each in proved if each.fault]
     if wrong:
         raise ZiphiusError(
@@ -282,19 +282,24 @@ def _check(source: Path, target: Path, to: str, console: Console, *, mtp: bool) 
     console.print(f"proved: all {len(proved)} tensors", highlight=False)
 
 
-def _table(proved: list[Proved]) -> object:
-    """Return a table with a line for every kind of tensor and bound."""
+def _print(proved: list[Proved], console: Console) -> None:
+    """Print a line for every kind of tensor and bound, and below it the worst tensor of each."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table()
-    for title, justify in (("", "left"), ("tensors", "right"), ("largest error", "right"),
-                           ("allowed", "right"), ("of", "left"), ("worst", "left")):  # fmt: skip
-        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table, named = Table(), []
+    table.add_column("")
+    for title in ("tensors", "largest error", "allowed"):
+        table.add_column(title, justify="right")
+    table.add_column("share of")
     for kind, bound in sorted({(each.kind, each.bound) for each in proved}, reverse=True):
         same = [each for each in proved if (each.kind, each.bound) == (kind, bound)]
         worst = max(same, key=lambda each: (bool(each.fault), each.error))
         error, allowed = (f"{share:.3%}" if share else "0" for share in (worst.error, bound))
-        row = (kind, f"{len(same):,}", error, allowed, worst.share_of, worst.name if bound else "")
+        row = (kind, f"{len(same):,}", error, allowed, worst.share_of)
         table.add_row(*map(Text, row), style="bold red" if worst.fault else "")
-    return table
+        if worst.error or worst.fault:
+            named.append(f"worst, {kind}: {worst.name}")
+    console.print(table)
+    for line in named:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -64,3 +64,5 @@ SIGMOID_VERSIONS: dict[str, Callable[[Tensor], Tensor]] = {"torch": torch.sigmoi
 SIGMOID_COMPILED = sigmoid_compiled
 GATE_VERSIONS: dict[str, Callable[..., Tensor] | None] = {"torch": None}
 GATE_COMPILED = gate_compiled
+# Sigmoid, choice and gate in one; None: one after the other.
+ROUTE_VERSIONS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]] | None] = {"torch": None}

@@ -71,6 +71,19 @@ def permute_tiles(q: Fp8, order_M: Tensor, K: int) -> Fp8:
     return Fp8(codes_MD, q.scales.index_select(0, token_M))
 
 
+def sort_by_slot(slots_NK: Tensor, n_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort (token, choice) pairs by slot, stably: ``(order_M, inverse_M, counts_E)``, all int64.
+
+    ``order[m]`` is the flat pair of row ``m``, ``inverse`` its inverse, ``counts`` the rows of each
+    of ``n_slots``.
+    """
+    flat_M = slots_NK.flatten()
+    order_M = flat_M.argsort(stable=True)
+    inverse_M = torch.empty_like(order_M)
+    inverse_M[order_M] = torch.arange(len(order_M), device=order_M.device)
+    return order_M, inverse_M, torch.bincount(flat_M, minlength=n_slots)
+
+
 class _CompiledPermute(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -129,3 +142,5 @@ COMPILED = permute_compiled
 BACK_VERSIONS: dict[str, Move] = {"torch": unpermute}
 BACK_COMPILED = unpermute_compiled
 TILES_VERSIONS: dict[str, Callable[[Fp8, Tensor, int], Fp8]] = {"torch": permute_tiles}
+Sort = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+SORT_VERSIONS: dict[str, Sort] = {"torch": sort_by_slot}

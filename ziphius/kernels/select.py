@@ -53,12 +53,14 @@ OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
     "norm": (norm.VERSIONS, norm.COMPILED),
     "swiglu": (swiglu.VERSIONS, swiglu.COMPILED),
     "permute": (permute.VERSIONS, permute.COMPILED),
+    "sort": (permute.SORT_VERSIONS, None),
     "unpermute": (permute.BACK_VERSIONS, permute.BACK_COMPILED),
     "expand": (expand.VERSIONS, expand.COMPILED),
     "loss": (loss.VERSIONS, loss.COMPILED),
     "adamw": (adamw.VERSIONS, adamw.COMPILED),
     "sigmoid": (choose.SIGMOID_VERSIONS, choose.SIGMOID_COMPILED),
     "gate": (choose.GATE_VERSIONS, choose.GATE_COMPILED),
+    "route": (choose.ROUTE_VERSIONS, None),
     "mixture": (mixture.VERSIONS, mixture.COMPILED),
     "latent": (latent.VERSIONS, latent.COMPILED),
     "residual": (rows.RESIDUAL_VERSIONS, rows.RESIDUAL_COMPILED),
@@ -98,7 +100,7 @@ ON_GPUS: Mapping[str, tuple[str, str]] = {
 # Those of them that a step of the engine runs.
 ANSWER_ON_GPUS = (
     "latent", "linear", "norm", "norm_tiles", "permute", "unpermute", "permute_tiles", "quantize",
-    "gemm", "grouped_gemm", "masked_gemm", "swiglu_fp8",
+    "gemm", "grouped_gemm", "masked_gemm", "swiglu_fp8", "route", "sort",
 )  # fmt: skip
 # Their compiled versions have no backward.
 ANSWERING = frozenset(
@@ -123,11 +125,13 @@ class Kernels:
     swiglu: str = "torch"
     permute: str = "torch"
     unpermute: str = "torch"
+    sort: str = "torch"
     expand: str = "torch"
     loss: str = "torch"
     adamw: str = "torch"
     sigmoid: str = "torch"
     gate: str = "torch"
+    route: str = "torch"
     mixture: str = "stages"
     latent: str = "torch"
     residual: str = "torch"

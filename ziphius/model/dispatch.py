@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from ziphius.kernels import permute
 from ziphius.kernels.fp8 import Operand, Tiled, permute_tiled
+from ziphius.kernels.permute import Sort
 from ziphius.kernels.select import Kernels
-from ziphius.model.router import Routing, expert_counts
+from ziphius.model.router import Routing
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,9 @@ class Sent:
         return counts
 
 
-def sort_by_slot(slots_NK: Tensor, n_slots: int) -> LocalSort:
+def sort_by_slot(slots_NK: Tensor, n_slots: int, sort: Sort = permute.sort_by_slot) -> LocalSort:
     """Sort (token, choice) pairs by the slot of their expert; in a slot tokens keep their order."""
-    flat_M = slots_NK.flatten()
-    order_M = flat_M.argsort(stable=True)
-    inverse_M = torch.empty_like(order_M)
-    inverse_M[order_M] = torch.arange(len(order_M), device=order_M.device)
-    counts_E = expert_counts(flat_M, n_slots)
-    return LocalSort(order_M, inverse_M, counts_E, slots_NK.shape[1])
+    return LocalSort(*sort(slots_NK, n_slots), top_k=slots_NK.shape[1])
 
 
 class Dispatcher(Protocol):

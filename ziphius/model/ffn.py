@@ -114,6 +114,7 @@ class MixtureOfExperts(nn.Module):
         shared_width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = SwiGLU(config.hidden_size, shared_width, precision, kernels, device)
         self.dispatcher: Dispatcher = LocalDispatcher(kernels)
+        self.sort = kernels.function("sort")
         self.mixture = kernels.function("mixture")
         self.places: Experts | None = None
 
@@ -123,7 +124,7 @@ class MixtureOfExperts(nn.Module):
             return Routed(routing, None)
         store = self.experts.store
         slots_NK = store.slots(routing.chosen_NK)
-        return Routed(routing, sort_by_slot(slots_NK, len(store.slot_to_expert)))
+        return Routed(routing, sort_by_slot(slots_NK, len(store.slot_to_expert), self.sort))
 
     def dispatch(self, u_ND: Operand, routed: Routed | None) -> Sent | Operand:
         assert routed is not None, "a mixture layer dispatches what it has routed"

@@ -63,6 +63,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.choose = kernels.function("choose") or choose
+        self.route = kernels.function("route")
         self.sigmoid = kernels.function("sigmoid")
         self.weigh = kernels.function("gate")
         self.linear = kernels.function("linear")
@@ -85,7 +86,10 @@ class Router(nn.Module):
 
     def forward(self, u_ND: Tensor, chosen_NK: Tensor | None = None) -> Routing:
         """Route normed tokens ``[N, D]``. Given ``chosen``, replay that choice."""
-        scores_NE = self.sigmoid(self.linear(self.widen(u_ND), self.weight, self.dtype))
+        logits_NE = self.linear(self.widen(u_ND), self.weight, self.dtype)
+        if self.route is not None and chosen_NK is None:
+            return self._in_one(logits_NE)
+        scores_NE = self.sigmoid(logits_NE)
         if chosen_NK is None:
             with torch.no_grad():
                 chosen_NK = self.choose(
@@ -101,6 +105,12 @@ class Router(nn.Module):
             rule = {"normalise": self.normalise, "scale": self.scale, "least": NORM_EPS}
             weights_NK = self.weigh(scores_NE, chosen_NK, **rule)
         return Routing(chosen_NK, weights_NK, scores_NE)
+
+    def _in_one(self, logits_NE: Tensor) -> Routing:
+        """Do the same by one kernel after the product."""
+        rule = {"top_k": self.top_k, "n_group": self.n_group, "topk_group": self.topk_group}
+        how = {**rule, "normalise": self.normalise, "scale": self.scale}
+        return Routing(*self.route(logits_NE, self.e_score_correction_bias, **how))
 
 
 def expert_counts(chosen_NK: Tensor, n_experts: int) -> Tensor:

@@ -145,6 +145,15 @@ def latent() -> None:
         triton_latent.values(z_NHC, up_HCn.transpose(1, 2))
 
 
+def e5m6() -> None:
+    """What is kept of attention's output, of whole tiles and of ragged ones."""
+    from ziphius.kernels.triton.e5m6 import TritonE5M6
+
+    for width in (16384, 1000):
+        q = TritonE5M6().encode(torch.empty(64, width, dtype=torch.bfloat16))
+        TritonE5M6().decode(q, width, torch.bfloat16)
+
+
 def loss() -> None:
     """Cross entropy over the published vocabulary, and over one whose rows are not aligned."""
     from ziphius.kernels.triton.loss import cross_entropy_rows_triton
@@ -166,6 +175,7 @@ def route() -> None:
 
 CALLS: dict[str, Callable[[], None]] = {
     "attention": attention,
+    "e5m6": e5m6,
     "latent": latent,
     "loss": loss,
     "route": route,

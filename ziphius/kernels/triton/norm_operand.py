@@ -24,7 +24,8 @@ class _NormOperand(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *norm_backward_triton(*ctx.saved_tensors, grads[0]), None, None
+        x, weight, inverse_root = ctx.saved_tensors
+        return *norm_backward_triton(x, weight, inverse_root, grads[0]), None, None
 
 
 def norm_operand_triton(
