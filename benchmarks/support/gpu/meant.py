@@ -9,7 +9,7 @@ STEP: Mapping[str, Sequence[str]] = {
     "attention": ("forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"),
     "quantisers": ("_tiles_kernel", "_blocks_kernel", "_turn_kernel", "_both_kernel"),
     # Dense and grouped products are one kernel; segments need a table each, along K another.
-    "products": ("_product_kernel", "_rows_kernel", "_groups_kernel"),
+    "products": ("_hopper_kernel", "_rows_kernel", "_groups_kernel"),
     "router": ("route_kernel", "route_backward_kernel"),
     "sort": ("_count_kernel", "_scan_kernel", "_place_kernel"),
     "dispatch": ("_permute_tiles_kernel",),
@@ -19,13 +19,15 @@ STEP: Mapping[str, Sequence[str]] = {
     "kept output": ("_encode_e5m6_kernel", "_decode_e5m6_kernel"),
     "loss": ("cross_entropy_kernel",),
 }
-# Of an answer: decoding over the paged cache.
+# Of an answer: decoding over the paged cache, and checkpoints that are stored in codes.
 ANSWER: Mapping[str, Sequence[str]] = {
     "latent": ("append_kernel", "turn_kernel", "attend_kernel", "merge_kernel"),
+    "weights in codes": ("_coded_row_kernel", "_coded_rows_kernel", "_decode_codes_kernel"),
 }
 # What neither has, and why.
 SELDOM: Mapping[str, str] = {
     "reach_kernel": "rows of several documents with pretrain's document mask",
+    "_product_kernel": "products of few rows, and GPUs that are no Hopper",
     "_sum_kernel": "products of few rows, whose sums several programs share",
     "_permute_kernel": "dispatch in BF16, and the gradient of combining",
 }
