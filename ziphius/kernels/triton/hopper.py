@@ -169,7 +169,7 @@ def _consume(
 
 
 @gluon.jit
-def _product_kernel(
+def _hopper_kernel(
     a, b, out, a_scales, b_scales, table, total, M, N, G, a_stride, b_stride, experts,
     FORM: gl.constexpr, B_ROWS: gl.constexpr, BLOCK_M: gl.constexpr, BAND: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
@@ -250,7 +250,7 @@ def launch(
     programs = torch.cuda.get_device_properties(out.device).multi_processor_count
     consumers = 3 if config.block_m == 3 * 64 else 2
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    _product_kernel[(min(tiles, programs),)](
+    _hopper_kernel[(min(tiles, programs),)](
         TensorDescriptor.from_tensor(a.codes.view(-1, K), [64, TILE], layout),
         TensorDescriptor.from_tensor(b.codes.view(-1, K), [128, TILE], layout),
         out, a_scales, b_scales, table, total, M, N, G, a_scales.stride(0), b_stride, experts,
