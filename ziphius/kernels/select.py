@@ -71,9 +71,9 @@ OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
     "grouped_gemm": (grouped_gemm.VERSIONS, grouped_gemm.COMPILED),
     "masked_gemm": (grouped_gemm.MASKED_VERSIONS, None),
     "along_k": (grouped_gemm.ALONG_K_VERSIONS, grouped_gemm.ALONG_K_COMPILED),
-    "swiglu_fp8": (swiglu_fp8.VERSIONS, None),
+    "swiglu_fp8": (swiglu_fp8.VERSIONS, swiglu_fp8.COMPILED),
     "e5m6": (e5m6.VERSIONS, None),
-    "permute_tiles": (permute.TILES_VERSIONS, None),
+    "permute_tiles": (permute.TILES_VERSIONS, permute.TILES_COMPILED),
     "norm_tiles": (norm.TILES_VERSIONS, None),
 }
 # The module below kernels/triton, and what it has for the operation: imported where it is chosen.
