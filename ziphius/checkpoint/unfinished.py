@@ -162,7 +162,8 @@ class Unfinished:
         described = f" ({', '.join(told)})" if told else ""
         raise BadInput(
             f"{self.target}: another conversion to it was interrupted, of {place}{described}, "
-            f"with {len(theirs['shards'])} finished shards: start that one again, or remove {self.folder}, or name another target"
+            f"with {len(theirs['shards'])} finished shards: start that one again, or "
+            f"remove {self.folder}, or name another target"
         )
 
     def _write_journal(self) -> None:
