@@ -48,7 +48,7 @@ def masked_gemm_reference(a: Fp8, b: Fp8, counts_E: Tensor, dtype: torch.dtype) 
 
 
 def grouped_gemm_along_k_reference(a: Fp8, b: Fp8, counts_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over every segment of turned matrices ``[N, S]`` and ``[K, S]``: ``[E, N, K]``.
+    """Sum over every segment of turned matrices ``a`` ``[N, S]``, ``b`` ``[K, S]``: ``[E, N, K]``.
 
     Segments lie as ``quantize.turn`` leaves them. An expert without rows gets zeros.
     """
@@ -57,8 +57,8 @@ def grouped_gemm_along_k_reference(a: Fp8, b: Fp8, counts_E: Tensor, dtype: torc
     starts = segment_starts(counts_E).tolist()
     for expert, (start, count) in enumerate(zip(starts, counts_E.tolist(), strict=True)):
         if count:
-            left, right = (_columns(q, start, count) for q in (a, b))
-            out_ENK[expert] = gemm_reference(left, right, dtype)
+            part_a, part_b = (_columns(q, start, count) for q in (a, b))
+            out_ENK[expert] = gemm_reference(part_a, part_b, dtype)
     return out_ENK
 
 
