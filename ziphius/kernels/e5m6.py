@@ -20,13 +20,15 @@ A tile with a number that is not finite becomes NaN as a whole, as in ``quantize
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ziphius.kernels.quantize import SMALLEST_AMAX, TILE
+from ziphius.kernels.cpu.library import Library
+from ziphius.kernels.quantize import SMALLEST_AMAX, TILE, rows_of, tile_count
 
 LARGEST = 65024.0
 _SMALLEST_NORMAL = 2.0**-14
@@ -108,3 +110,32 @@ def _unpack(packed: Tensor) -> Tensor:
     pairs = (words >> 12).bitwise_left_shift_(20)
     pairs |= words.bitwise_and_(0xFFF).bitwise_left_shift_(4)
     return pairs.view(torch.float16).flatten(-2)
+
+
+def encode_compiled(library: Library, x: Tensor) -> E5M6:
+    """Do what ``encode`` does, to the bit."""
+    x_MC = rows_of(x.detach())
+    shape, width = x.shape[:-1], x.shape[-1]
+    packed = x_MC.new_empty(*shape, (width + 1) // 2 * 3, dtype=torch.uint8)
+    scales = x_MC.new_empty(*shape, tile_count(width), dtype=torch.uint8)
+    library.call("e5m6_encode", x_MC.dtype, x_MC, x_MC.stride(0), packed, scales, *x_MC.shape)
+    return E5M6(packed, scales)
+
+
+def decode_compiled(
+    library: Library, q: E5M6, width: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Do what ``decode`` does, to the bit but for the sign of NaN; other dtypes are left to it."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return decode(q, width, dtype)
+    packed, scales = q.packed.contiguous(), q.scales.contiguous()
+    out = torch.empty(*packed.shape[:-1], width, dtype=dtype)
+    rows = out.numel() // max(width, 1)
+    library.call("e5m6_decode", dtype, packed, scales, out, rows, width)
+    return out
+
+
+VERSIONS: dict[str, Callable[[Tensor], E5M6]] = {"torch": encode}
+COMPILED = encode_compiled
+DECODE_VERSIONS: dict[str, Callable[..., Tensor]] = {"torch": decode}
+DECODE_COMPILED = decode_compiled
