@@ -72,7 +72,7 @@ OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
     "masked_gemm": (grouped_gemm.MASKED_VERSIONS, None),
     "along_k": (grouped_gemm.ALONG_K_VERSIONS, grouped_gemm.ALONG_K_COMPILED),
     "swiglu_fp8": (swiglu_fp8.VERSIONS, swiglu_fp8.COMPILED),
-    "e5m6": (e5m6.VERSIONS, None),
+    "e5m6": (e5m6.VERSIONS, e5m6.COMPILED),
     "permute_tiles": (permute.TILES_VERSIONS, permute.TILES_COMPILED),
     "norm_tiles": (norm.TILES_VERSIONS, None),
 }

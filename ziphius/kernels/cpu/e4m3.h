@@ -88,21 +88,25 @@ template <class N, class J> inline N scale_of(J amax, bool power_of_two) {
 }
 
 // Codes of numbers divided by a scale. A power of two has an exact reciprocal, with which the
-// result is the same.
+// result is the same: its exponent's bits from the other end.
 struct Encoder {
-    F scale, reciprocal;
+    F scale;
     bool exact, finite;
     Encoder(F scale, bool power_of_two)
-        : scale(scale), reciprocal(1.0f / scale), exact(power_of_two),
-          finite(largest((I)scale) < 0x7f800000) {}
+        : scale(scale), exact(power_of_two), finite(largest((I)scale) < 0x7f800000) {}
+    Encoder(float scale, bool power_of_two)
+        : scale(F{} + scale), exact(power_of_two),
+          finite(__builtin_bit_cast(int32_t, scale) < 0x7f800000) {}
     // Does something with each of the codes of ``count`` vectors of numbers.
     template <class G, class P> inline void each(int64_t count, G get, P put) const {
-        if (!finite)
+        if (!finite) {
             for (int64_t i = 0; i < count; i++) put(i, encode_any(get(i) / scale));
-        else if (exact)
+        } else if (exact) {
+            F reciprocal = (F)((I{} + (254 << 23)) - (I)scale);
             for (int64_t i = 0; i < count; i++) put(i, encode(get(i) * reciprocal));
-        else
+        } else {
             for (int64_t i = 0; i < count; i++) put(i, encode(get(i) / scale));
+        }
     }
 };
 

@@ -34,6 +34,8 @@ SIGNATURES = {
     "attention_backward": "npppppppppppnnnnndn",
     "choose": "npppnnnnnn",
     "cross_entropy": "npppnnn",
+    "e5m6_decode": "npppnnn",
+    "e5m6_encode": "npnppnnn",
     "expand_forward": "npppnpppppnnnnnnn",
     "expand_backward": "nppppppppnnnnnnn",
     "fp8_gemm": "nppppnppnnnnn",

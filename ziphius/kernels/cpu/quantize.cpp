@@ -17,7 +17,7 @@ void put_block(const T* weight, int64_t rows, int64_t columns, int64_t row, int6
             most = larger(most, magnitude(numbers(weight + (row + m) * columns + column + j,
                                                   columns - column - j)));
     *scale = *turned_scale = scale_of<float>(largest(most), power_of_two);
-    Encoder encoder(F{} + *scale, power_of_two);
+    Encoder encoder(*scale, power_of_two);
     for (int64_t half = 0; half < high; half += 64)
         for (int64_t c = column; c < std::min(column + GROUP, columns); c += LANES) {
             U kept[64] = {};

@@ -1,5 +1,5 @@
-// SwiGLU times the row's routing weight, between FP8 products: result and inputs into tiles, the result
-// turned, and the gradients, the last two from the inputs as they were kept.
+// SwiGLU times the row's routing weight, between FP8 products: result and inputs into tiles, the
+// result turned, and the gradients, the last two from the inputs as they were kept.
 #include "tiles.h"
 
 namespace {

@@ -54,7 +54,7 @@ inline __attribute__((always_inline)) void put_tile(const Target& to, const S& s
     float scale = scale_of<float>(largest(most), to.power_of_two);
     to.scales[m * groups(to.width) + column / GROUP] = scale;
     uint8_t* codes = to.codes + m * to.width + column;
-    Encoder(F{} + scale, to.power_of_two).each(
+    Encoder(scale, to.power_of_two).each(
         vectors, [&](int64_t j) { return row[j]; },
         [&](int64_t j, U code) {
             store(codes + j * LANES, __builtin_convertvector(code, U8), width - j * LANES);
