@@ -14,6 +14,8 @@ STEP: Mapping[str, Sequence[str]] = {
     "sort": ("_count_kernel", "_scan_kernel", "_place_kernel"),
     "dispatch": ("_permute_tiles_kernel",),
     "combine": ("_unpermute_kernel",),
+    "expand": ("_expand_kernel", "_expand_backward_kernel"),
+    "optimizer": ("_adamw_kernel",),
     "norm": ("_norm_kernel", "_norm_backward_kernel", "_norm_sum_kernel"),
     "SwiGLU": ("_swiglu_kernel", "_swiglu_turned_kernel", "_swiglu_backward_kernel"),
     "kept output": ("_encode_e5m6_kernel", "_decode_e5m6_kernel"),

@@ -174,9 +174,35 @@ def route() -> None:
     (weights_NK.sum() + scores_NE.sum()).backward()
 
 
+def expand() -> None:
+    """Heads of the published widths and back, in place and beside, and a few odd ones."""
+    from ziphius.kernels.triton.expand import expand_heads_triton
+
+    published, odd = (128, 64, 128), (24, 6, 13)
+    for H, (nope, R, v), own_q in ((128, published, True), (16, published, False), (3, odd, True)):
+        q, kv = (torch.empty(1, 64, H, nope + w, dtype=torch.bfloat16) for w in (R, v))
+        k_rope = torch.empty(1, 64, 512 + R, dtype=torch.bfloat16)[..., 512:]
+        inputs = (q, kv.requires_grad_(), k_rope)
+        outputs = expand_heads_triton(*inputs, *torch.empty(2, 64, R // 2).unbind(), own_q=own_q)
+        torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+
+
+def adamw() -> None:
+    """An update with moments in BF16 and in FP32."""
+    from ziphius.kernels.adamw import Rates
+    from ziphius.kernels.triton.adamw import adamw_step_triton
+
+    for count, kept in ((4096, torch.bfloat16), (4097, torch.float32)):
+        moments = torch.empty(2, count, dtype=kept).unbind()
+        p, grad = torch.empty(2, count).unbind()
+        adamw_step_triton(p, grad, *moments, Rates(0.9, 0.95, 1.0, 1e-3, 0.1, 1e-8, 0.5))
+
+
 CALLS: dict[str, Callable[[], None]] = {
+    "adamw": adamw,
     "attention": attention,
     "e5m6": e5m6,
+    "expand": expand,
     "latent": latent,
     "loss": loss,
     "route": route,

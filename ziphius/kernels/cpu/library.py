@@ -29,7 +29,7 @@ TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2}
 # Arguments of every function: p a tensor or nothing, n an integer, d a floating-point number.
 SIGNATURES = {
     "add": "npppnn",
-    "adamw": "nnppppnddddddn",
+    "adamw": "nnppppndddddddn",
     "attention_forward": "npppppppnnnnndn",
     "attention_backward": "npppppppppppnnnnndn",
     "choose": "npppnnnnnn",
