@@ -79,6 +79,7 @@ OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
 # The module below kernels/triton, and what it has for the operation: imported where it is chosen.
 ON_GPUS: Mapping[str, tuple[str, str]] = {
     "attention": ("attention", "causal_attention_triton"),
+    "grouped": ("grouped", "grouped_linear_triton"),
     "linear": ("linear", "linear_triton"),
     "latent": ("latent", "TritonLatent"),
     "norm": ("norm", "rms_norm_triton"),

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that a block may have there
@@ -79,7 +80,9 @@ def _compiled(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> 
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[(number,)] = value
-        elif kind != "fp32" and (not isinstance(value, int) or value % 16 == 0):
+        elif not kind.startswith(("fp32", "tensordesc")) and (
+            not isinstance(value, int) or value % 16 == 0
+        ):
             attributes[(number,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
     kernel = triton.compile(source, target=HOPPER, options=launch)
@@ -89,9 +92,18 @@ def _compiled(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> 
     return Report(kernel.metadata.name, registers, spilled, kernel.metadata.shared, matrix)
 
 
+def _is_aligned(kind: str, value: Any) -> bool:
+    """Say whether the compiler is told that a number or an address is a multiple of 16."""
+    if isinstance(value, int):
+        return value % 16 == 0
+    return kind != "fp32" and not isinstance(value, TensorDescriptor)
+
+
 def _type(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
     if isinstance(value, float):
         return "fp32"
     if value is None or value == 1 or isinstance(value, bool):
@@ -174,9 +186,22 @@ def route() -> None:
     (weights_NK.sum() + scores_NE.sum()).backward()
 
 
+def grouped() -> None:
+    """Experts in BF16, forward and backward: those of preset mini, the report's, and few rows."""
+    from ziphius.kernels.triton.grouped import grouped_linear_triton
+
+    mini, few = ((128, 1024, 512, 1024), (128, 1024, 1024, 256)), (4, 32, 512, 640)
+    for experts, rows, outer, inner in (*mini, (2, 512, 4096, 7168), few):
+        x_MI = torch.empty(experts * rows, inner, dtype=torch.bfloat16, requires_grad=True)
+        weight_EOI = torch.empty(experts, outer, inner, requires_grad=True)
+        out_MO = grouped_linear_triton(x_MI, weight_EOI, torch.full((experts,), rows))
+        out_MO.backward(torch.empty_like(out_MO))
+
+
 CALLS: dict[str, Callable[[], None]] = {
     "attention": attention,
     "e5m6": e5m6,
+    "grouped": grouped,
     "latent": latent,
     "loss": loss,
     "route": route,

@@ -10,6 +10,7 @@ import pytest
 
 MATRIX = {
     "attention": {"forward_kernel", "dq_kernel", "dkdv_kernel"},
+    "grouped": {"grouped_rows_kernel", "grouped_weights_kernel"},
     "latent": {"attend_kernel"},
     "loss": set(),
     "route": set(),
