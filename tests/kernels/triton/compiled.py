@@ -187,21 +187,36 @@ def route() -> None:
 
 
 def grouped() -> None:
-    """Experts in BF16, forward and backward: those of preset mini, the report's, and few rows."""
+    """Experts in BF16, forward and backward: of preset mini, of the report, and of odd widths."""
     from ziphius.kernels.triton.grouped import grouped_linear_triton
 
-    mini, few = ((128, 1024, 512, 1024), (128, 1024, 1024, 256)), (4, 32, 512, 640)
-    for experts, rows, outer, inner in (*mini, (2, 512, 4096, 7168), few):
+    mini, report = ((128, 1024, 512, 1024), (128, 1024, 1024, 256)), (2, 512, 4096, 7168)
+    few, odd = (4, 32, 512, 640), (4, 99, 7, 9)
+    for experts, rows, outer, inner in (*mini, report, few, odd):
         x_MI = torch.empty(experts * rows, inner, dtype=torch.bfloat16, requires_grad=True)
         weight_EOI = torch.empty(experts, outer, inner, requires_grad=True)
         out_MO = grouped_linear_triton(x_MI, weight_EOI, torch.full((experts,), rows))
         out_MO.backward(torch.empty_like(out_MO))
 
 
+def grouped_cuts() -> None:
+    """The same in every way that a benchmark tries."""
+    from ziphius.kernels.triton.grouped import ROWS_CUTS, WEIGHTS_CUTS, rows_times, weight_gradient
+
+    x_MI, dout_MO = (torch.empty(4096, width, dtype=torch.bfloat16) for width in (1024, 512))
+    weight_EOI, counts_E = torch.empty(8, 512, 1024), torch.full((8,), 512)
+    for cut in ROWS_CUTS:
+        rows_times(x_MI, weight_EOI.bfloat16(), counts_E, turned=True, cut=cut)
+        rows_times(dout_MO, weight_EOI.bfloat16(), counts_E, turned=False, cut=cut)
+    for cut in WEIGHTS_CUTS:
+        weight_gradient(dout_MO, x_MI, counts_E, weight_EOI, cut=cut)
+
+
 CALLS: dict[str, Callable[[], None]] = {
     "attention": attention,
     "e5m6": e5m6,
     "grouped": grouped,
+    "grouped_cuts": grouped_cuts,
     "latent": latent,
     "loss": loss,
     "route": route,

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+GROUPED = {"grouped_rows_kernel", "grouped_weights_kernel"}
 MATRIX = {
     "attention": {"forward_kernel", "dq_kernel", "dkdv_kernel"},
-    "grouped": {"grouped_rows_kernel", "grouped_weights_kernel"},
+    "grouped": GROUPED,
+    "grouped_cuts": GROUPED,
     "latent": {"attend_kernel"},
     "loss": set(),
     "route": set(),

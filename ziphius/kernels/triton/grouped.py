@@ -55,10 +55,13 @@ WEIGHTS_CUTS = (
     Cut(128, 128, stages=2, warps=4),
 )
 # Loads without the copy engine need many registers.
-_NO_COPIES = Cut(64, 64, stages=2, warps=4)
+_NO_COPIES = Cut(64, 64, stages=2, warps=8)
+# What fits into 99 KB, on GPUs that are no Hopper.
+_SMALL = Cut(128, 128, stages=2, warps=8)
 _FEW_ROWS = 64
 # Below so many products a sum, tiles begin and end all the time: two a multiprocessor overlap.
 _SHORT = 512
+_HOPPER = 9
 
 
 @triton.jit
@@ -186,7 +189,7 @@ def rows_times(
         return out_MN.zero_()
     # By rows of W its last ones are followed by the next expert's.
     copies = _copyable(rows_MK, weight_EOI) and (turned or K % _DEPTH == 0)
-    cut = (cut or rows_cut(M, N, K, experts)) if copies else _NO_COPIES
+    cut = _available(cut or rows_cut(M, N, K, experts), rows_MK, copies)
     bound = M // cut.block_m + min(experts, M)
     table, total = tiles_of_rows(counts_E, bound, cut.block_m)
     b_block = [cut.block_n, _DEPTH] if turned else [_DEPTH, cut.block_n]
@@ -211,7 +214,7 @@ def weight_gradient(
     if not out_EOI.numel() or not len(x_MI):
         return out_EOI.zero_()
     copies = _copyable(dout_MO, x_MI)
-    cut = (cut or weights_cut(I)) if copies else _NO_COPIES
+    cut = _available(cut or weights_cut(I), x_MI, copies)
     tiles = triton.cdiv(O, cut.block_m) * triton.cdiv(I, cut.block_n)
     grouped_weights_kernel[(experts * tiles,)](
         dout_MO, x_MI,
@@ -222,6 +225,15 @@ def weight_gradient(
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out_EOI
+
+
+def _available(cut: Cut, rows: Tensor, copies: bool) -> Cut:
+    """Return ``cut``, or what can run where it cannot."""
+    if not copies:
+        return _NO_COPIES
+    if rows.device.type != "cuda":
+        return cut
+    return cut if torch.cuda.get_device_capability(rows.device)[0] == _HOPPER else _SMALL
 
 
 def _copyable(*operands: Tensor) -> bool:
