@@ -81,6 +81,7 @@ ON_GPUS: Mapping[str, tuple[str, str]] = {
     "attention": ("attention", "causal_attention_triton"),
     "adamw": ("adamw", "adamw_step_triton"),
     "expand": ("expand", "expand_heads_triton"),
+    "grouped": ("grouped", "grouped_linear_triton"),
     "linear": ("linear", "linear_triton"),
     "latent": ("latent", "TritonLatent"),
     "norm": ("norm", "rms_norm_triton"),

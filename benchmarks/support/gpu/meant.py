@@ -49,5 +49,7 @@ SELDOM: Mapping[str, str] = {
     "reach_kernel": "rows of several documents with pretrain's document mask",
     "_product_kernel": "products of few rows, and GPUs that are no Hopper",
     "_sum_kernel": "products of few rows, whose sums several programs share",
+    "grouped_rows_kernel": "experts of a training step in BF16, forward and their rows' gradients",
+    "grouped_weights_kernel": "gradients of experts' weights in BF16",
     "_permute_kernel": "dispatch in BF16, and the gradient of combining",
 }

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that a block may have there
@@ -79,7 +80,9 @@ def _compiled(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> 
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[(number,)] = value
-        elif kind != "fp32" and (not isinstance(value, int) or value % 16 == 0):
+        elif not kind.startswith(("fp32", "tensordesc")) and (
+            not isinstance(value, int) or value % 16 == 0
+        ):
             attributes[(number,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
     kernel = triton.compile(source, target=HOPPER, options=launch)
@@ -89,9 +92,18 @@ def _compiled(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> 
     return Report(kernel.metadata.name, registers, spilled, kernel.metadata.shared, matrix)
 
 
+def _is_aligned(kind: str, value: Any) -> bool:
+    """Say whether the compiler is told that a number or an address is a multiple of 16."""
+    if isinstance(value, int):
+        return value % 16 == 0
+    return kind != "fp32" and not isinstance(value, TensorDescriptor)
+
+
 def _type(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
     if isinstance(value, float):
         return "fp32"
     if value is None or value == 1 or isinstance(value, bool):
@@ -198,11 +210,39 @@ def adamw() -> None:
         adamw_step_triton(p, grad, *moments, Rates(0.9, 0.95, 1.0, 1e-3, 0.1, 1e-8, 0.5))
 
 
+def grouped() -> None:
+    """Experts in BF16, forward and backward: of preset mini, of the report, and of odd widths."""
+    from ziphius.kernels.triton.grouped import grouped_linear_triton
+
+    mini, report = ((128, 1024, 512, 1024), (128, 1024, 1024, 256)), (2, 512, 4096, 7168)
+    few, odd = (4, 32, 512, 640), (4, 99, 7, 9)
+    for experts, rows, outer, inner in (*mini, report, few, odd):
+        x_MI = torch.empty(experts * rows, inner, dtype=torch.bfloat16, requires_grad=True)
+        weight_EOI = torch.empty(experts, outer, inner, requires_grad=True)
+        out_MO = grouped_linear_triton(x_MI, weight_EOI, torch.full((experts,), rows))
+        out_MO.backward(torch.empty_like(out_MO))
+
+
+def grouped_cuts() -> None:
+    """The same in every way that a benchmark tries."""
+    from ziphius.kernels.triton.grouped import ROWS_CUTS, WEIGHTS_CUTS, rows_times, weight_gradient
+
+    x_MI, dout_MO = (torch.empty(4096, width, dtype=torch.bfloat16) for width in (1024, 512))
+    weight_EOI, counts_E = torch.empty(8, 512, 1024), torch.full((8,), 512)
+    for cut in ROWS_CUTS:
+        rows_times(x_MI, weight_EOI.bfloat16(), counts_E, turned=True, cut=cut)
+        rows_times(dout_MO, weight_EOI.bfloat16(), counts_E, turned=False, cut=cut)
+    for cut in WEIGHTS_CUTS:
+        weight_gradient(dout_MO, x_MI, counts_E, weight_EOI, cut=cut)
+
+
 CALLS: dict[str, Callable[[], None]] = {
     "adamw": adamw,
     "attention": attention,
     "e5m6": e5m6,
     "expand": expand,
+    "grouped": grouped,
+    "grouped_cuts": grouped_cuts,
     "latent": latent,
     "loss": loss,
     "route": route,
