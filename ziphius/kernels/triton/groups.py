@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ziphius.kernels.quantize import E4M3, TILE, Fp8, tile_count, turned_width
-from ziphius.kernels.triton.bits import encode, magnitude, scale_of_magnitude
+from ziphius.kernels.triton.bits import encode, magnitude, quotients, scale_of_magnitude, word_of
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -75,24 +75,55 @@ def locate(
 
 
 @triton.jit
-def largest(x: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
+def largest(x: tl.tensor, AXIS: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
     """Return the largest ``magnitude`` along an axis."""
-    return tl.max(magnitude(x), AXIS)
+    if INTERPRETED:
+        result = tl.max(magnitude(x), AXIS)
+    else:  # one instruction a number; its NaN has the largest magnitude too
+        result = magnitude(tl.reduce(tl.abs(x), AXIS, _larger))
+    return result
 
 
 @triton.jit
-def load_square(
+def _larger(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """Return the larger of two, NaN if one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_quarter(
     x: tl.tensor,
-    row: tl.tensor,
-    valid: tl.tensor,
+    quarter: tl.constexpr,
+    first: tl.tensor,
+    filled: tl.tensor,
     stride: tl.tensor,
     channel: tl.tensor,
     columns: tl.tensor,
 ) -> tl.tensor:
-    """Read rows, int64 ``[R]``, of columns ``[C]`` in FP32; zeros where there are none."""
-    mask = valid[:, None] & (channel < columns)[None, :]
-    at = x + (row * stride)[:, None] + channel[None, :]
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    """Read a quarter of 128 rows, of columns ``[C]``, as they are stored: ``[32, C]``.
+
+    That is every fourth row, from ``first + quarter``, zeros where there are none: ``filled`` rows
+    exist. A thread that has the same number of all four quarters has the codes of a word.
+    """
+    line = tl.arange(0, 32) * 4 + quarter
+    mask = (line < filled)[:, None] & (channel < columns)[None, :]
+    at = x + ((first + line).to(tl.int64) * stride)[:, None] + channel[None, :]
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_scales(
+    scales: tl.tensor,
+    quarter: tl.constexpr,
+    first: tl.tensor,
+    filled: tl.tensor,
+    tiles: tl.tensor,
+    tile: tl.tensor,
+) -> tl.tensor:
+    """Read what a quarter's rows have as scales in a column of tiles: ``[32, 1]``."""
+    line = tl.arange(0, 32) * 4 + quarter
+    at = scales + (first + line).to(tl.int64) * tiles + tile
+    return tl.load(at, mask=line < filled, other=0.0)[:, None]
 
 
 @triton.jit
@@ -108,7 +139,7 @@ def store_groups(
     INTERPRETED: tl.constexpr,
 ) -> None:
     """Quantise groups, ``[G, 128]``, and store them at their rows and tiles, each ``[G]``."""
-    scale = scale_of_magnitude(largest(x, 1), POWER_OF_TWO)
+    scale = scale_of_magnitude(largest(x, 1, INTERPRETED), POWER_OF_TWO, INTERPRETED)
     column = (tile * 128)[:, None] + tl.arange(0, 128)[None, :]
     code = encode(x, scale[:, None], POWER_OF_TWO, INTERPRETED)
     at = codes + (row * columns)[:, None] + column
@@ -127,7 +158,10 @@ def words(code: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def store_turned(
-    x: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    c: tl.tensor,
+    d: tl.tensor,
     codes: tl.tensor,
     scales: tl.tensor,
     channel: tl.tensor,
@@ -137,14 +171,23 @@ def store_turned(
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """Quantise the columns of ``[128, C]`` and store them as rows ``channel``, int64 ``[C]``.
+    """Quantise the columns of 128 rows and store them as rows ``channel``, ``[C]``.
 
-    ``codes`` are words of four. Threads exchange nothing smaller: Triton 3.6 mixes bytes up when
-    it has to rearrange them (seen on a GPU, with the rows and columns of some shapes).
+    The numbers are FP32 in four quarters (``load_quarter``), ``codes`` words of four. So a thread
+    packs numbers of its own, and what threads exchange are words: half the bytes of BF16, and
+    Triton 3.6 mixes bytes up when it has to rearrange those (seen on a GPU).
     """
-    scale = scale_of_magnitude(largest(x, 0), POWER_OF_TWO)
-    code = encode(x, scale[None, :], POWER_OF_TWO, INTERPRETED)
-    place = tile.to(tl.int64) * 32 + tl.arange(0, 32)
-    at = codes + (channel * (width // 4))[:, None] + place[None, :]
-    tl.store(at, tl.trans(words(code)), mask=(channel < columns)[:, None])
-    tl.store(scales + channel * (width // 128) + tile, scale, mask=channel < columns)
+    top = _larger(_larger(tl.abs(a), tl.abs(b)), _larger(tl.abs(c), tl.abs(d)))
+    scale = scale_of_magnitude(largest(top, 0, INTERPRETED), POWER_OF_TWO, INTERPRETED)
+    by = scale[None, :]
+    word = word_of(
+        quotients(a, by, POWER_OF_TWO, INTERPRETED),
+        quotients(b, by, POWER_OF_TWO, INTERPRETED),
+        quotients(c, by, POWER_OF_TWO, INTERPRETED),
+        quotients(d, by, POWER_OF_TWO, INTERPRETED),
+        INTERPRETED,
+    )
+    row = channel.to(tl.int64)
+    at = codes + (row * (width // 4))[:, None] + (tile * 32 + tl.arange(0, 32))[None, :]
+    tl.store(at, tl.trans(word), mask=(channel < columns)[:, None])
+    tl.store(scales + row * (width // 128) + tile, scale, mask=channel < columns)

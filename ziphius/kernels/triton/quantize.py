@@ -14,14 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ziphius.kernels.quantize import TILE, Fp8, tile_count
-from ziphius.kernels.triton.bits import encode, interpreted, magnitude, scale_of_magnitude
+from ziphius.kernels.triton.bits import encode, interpreted, scale_of_magnitude
 from ziphius.kernels.triton.groups import (
     block_of_experts,
     codes_of,
     empty_fp8,
     empty_tiles,
     empty_turned,
-    load_square,
+    largest,
+    load_quarter,
+    load_scales,
     locate,
     rows_of,
     store_groups,
@@ -138,8 +140,6 @@ class TritonQuantize:
                 columns,
                 turned.codes.shape[1],
                 0 if counts_E is None else len(counts_E),
-                LINES=size.lines,
-                CHANNELS=size.channels,
                 EXPERTS=block_of_experts(counts_E),
                 POWER_OF_TWO=power_of_two,
                 INTERPRETED=interpreted(),
@@ -214,15 +214,20 @@ def _turn_kernel(
 ) -> None:
     tile = tl.program_id(1)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
-    line = tl.arange(0, 128)
-    row, valid = (first + line).to(tl.int64), line < filled
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    number = load_square(x, row, valid, stride, channel, columns)
+    a = load_quarter(x, 0, first, filled, stride, channel, columns).to(tl.float32)
+    b = load_quarter(x, 1, first, filled, stride, channel, columns).to(tl.float32)
+    c = load_quarter(x, 2, first, filled, stride, channel, columns).to(tl.float32)
+    d = load_quarter(x, 3, first, filled, stride, channel, columns).to(tl.float32)
     if x_scales is not None:
-        own = row * tl.cdiv(columns, 128) + tl.program_id(0) * CHANNELS // 128
-        number *= tl.load(x_scales + own, mask=valid, other=0.0)[:, None]
-    place = channel.to(tl.int64)
-    store_turned(number, codes, scales, place, tile, columns, width, POWER_OF_TWO, INTERPRETED)
+        tiles, own = tl.cdiv(columns, 128), tl.program_id(0) * CHANNELS // 128
+        a *= load_scales(x_scales, 0, first, filled, tiles, own)
+        b *= load_scales(x_scales, 1, first, filled, tiles, own)
+        c *= load_scales(x_scales, 2, first, filled, tiles, own)
+        d *= load_scales(x_scales, 3, first, filled, tiles, own)
+    store_turned(
+        a, b, c, d, codes, scales, channel, tile, columns, width, POWER_OF_TWO, INTERPRETED
+    )
 
 
 @triton.jit
@@ -238,38 +243,37 @@ def _both_kernel(
     columns: tl.tensor,
     width: tl.tensor,
     experts: tl.tensor,
-    LINES: tl.constexpr,
-    CHANNELS: tl.constexpr,
     EXPERTS: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
     tile, group = tl.program_id(1), tl.program_id(0)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
-    for part in tl.static_range(128 // LINES):
-        line = part * LINES + tl.arange(0, LINES)
+    channel = group * 128 + tl.arange(0, 128)
+    a = load_quarter(x, 0, first, filled, stride, channel, columns).to(tl.float32)
+    b = load_quarter(x, 1, first, filled, stride, channel, columns).to(tl.float32)
+    c = load_quarter(x, 2, first, filled, stride, channel, columns).to(tl.float32)
+    d = load_quarter(x, 3, first, filled, stride, channel, columns).to(tl.float32)
+    own = group + tl.zeros((32,), tl.int32)
+    for quarter in tl.static_range(4):
+        line = tl.arange(0, 32) * 4 + quarter
+        number = a if quarter == 0 else (b if quarter == 1 else (c if quarter == 2 else d))
         row, valid = (first + line).to(tl.int64), line < filled
-        own = group + tl.zeros_like(line)
-        channel = group * 128 + tl.arange(0, 128)
-        number = load_square(x, row, valid, stride, channel, columns)
         store_groups(number, codes, scales, row, own, columns, valid, POWER_OF_TWO, INTERPRETED)
-    # Read again, from a cache: registers that held the square all along would be too many.
-    for part in tl.static_range(128 // CHANNELS):
-        line = tl.arange(0, 128)
-        channel = group * 128 + part * CHANNELS + tl.arange(0, CHANNELS)
-        row = (first + line).to(tl.int64)
-        number = load_square(x, row, line < filled, stride, channel, columns)
-        store_turned(
-            number,
-            turned_codes,
-            turned_scales,
-            channel.to(tl.int64),
-            tile,
-            columns,
-            width,
-            POWER_OF_TWO,
-            INTERPRETED,
-        )
+    store_turned(
+        a,
+        b,
+        c,
+        d,
+        turned_codes,
+        turned_scales,
+        channel,
+        tile,
+        columns,
+        width,
+        POWER_OF_TWO,
+        INTERPRETED,
+    )
 
 
 @triton.jit
@@ -291,7 +295,7 @@ def _blocks_kernel(
     mask = (row < rows) & (column < columns)
     at = weight + begin + row * columns + column
     number = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    scale = scale_of_magnitude(tl.max(tl.max(magnitude(number), 1), 0), POWER_OF_TWO)
+    scale = scale_of_magnitude(tl.max(largest(number, 1, INTERPRETED), 0), POWER_OF_TWO, INTERPRETED)
     code = encode(number, scale, POWER_OF_TWO, INTERPRETED)
     tl.store(codes + begin + row * columns + column, code, mask=mask)
     if turned_codes is not None:  # in words of four: see store_turned
