@@ -21,6 +21,23 @@ def interpreted() -> bool:
 
 
 @triton.jit
+def wide(x: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """Convert to FP32; of BF16 a pair in the two instructions that it takes."""
+    if INTERPRETED or x.dtype != tl.bfloat16:
+        result = x.to(tl.float32)
+    else:
+        result = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=f,=f,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    return result
+
+
+@triton.jit
 def magnitude(x: tl.tensor) -> tl.tensor:
     """Return ``|x|`` of FP32 as int32 bits, which are in the order of the numbers, NaN above all.
 
@@ -44,7 +61,7 @@ def scale_of(amax: tl.tensor, POWER_OF_TWO: tl.constexpr, INTERPRETED: tl.conste
     On a GPU 1/448 is the sum of two numbers, the first below it: a product with both, rounded once,
     is the quotient. The tests try every mantissa.
     """
-    amax = tl.where(amax < 1e-4, 1e-4, amax)
+    amax = tl.maximum(amax, 1e-4, propagate_nan=tl.PropagateNan.ALL)
     if INTERPRETED:
         scale = tl.div_rn(amax, 448.0)
     else:
@@ -108,14 +125,11 @@ def quotients(
     elif INTERPRETED:
         quotient = tl.div_rn(x, scale + tl.zeros_like(x))
     else:
-        near = approximate("rcp.approx.ftz.f32 $0, $1;", scale)
-        back = scale * -1.0
-        near = tl.fma(tl.fma(back, near, 1.0), near, near)
         # The first part is below the reciprocal, so that the rest is positive: else their sum
         # would lose the sign of a negative zero.
-        first = (near.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
-        first = tl.where(infinite, 0.0, first)
-        rest = tl.where(infinite, 0.0, tl.fma(back, first, 1.0) * first)
+        first = approximate("rcp.approx.ftz.f32 $0, $1;", scale) * (1 - 2.0**-21)
+        off = tl.fma(tl.where(infinite, 0.0, scale * -1.0), first, 1.0)
+        rest = tl.fma(off, off, off) * first
         quotient = tl.fma(x, first, x * rest)
     return quotient
 

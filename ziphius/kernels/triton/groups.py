@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ziphius.kernels.quantize import E4M3, TILE, Fp8, tile_count, turned_width
-from ziphius.kernels.triton.bits import encode, magnitude, quotients, scale_of_magnitude, word_of
+from ziphius.kernels.triton.bits import encode, magnitude, quotients, scale_of_magnitude, wide, word_of
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -64,13 +64,16 @@ def locate(
         filled = rows - first
     else:
         expert = tl.arange(0, EXPERTS)
-        count = tl.load(counts + expert, mask=expert < experts, other=0).to(tl.int32)
+        count = tl.load(counts + expert, mask=expert < experts, other=0)
         tiles = (count + 127) // 128
-        past = tl.cumsum(tiles, 0) <= tile
-        within = (tile - tl.sum(tl.where(past, tiles, 0), 0)) * 128
-        first = tl.sum(tl.where(past, count, 0), 0) + within
-        own = expert == tl.sum(past.to(tl.int32), 0)
-        filled = tl.sum(tl.where(own, count, 0), 0) - within
+        # Rows above, tiles below: two sums are one.
+        past = tl.cumsum((count << 32) | tiles, 0)
+        within = tile - ((past & 0xFFFFFFFF) - tiles)
+        own = (within >= 0) & (within < tiles)
+        start = (past >> 32) - count + within * 128
+        left = count - within * 128
+        found = tl.sum(tl.where(own, (start << 32) | left, 0), 0)
+        first, filled = (found >> 32).to(tl.int32), found.to(tl.int32)
     return first, filled
 
 
@@ -80,12 +83,12 @@ def largest(x: tl.tensor, AXIS: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.t
     if INTERPRETED:
         result = tl.max(magnitude(x), AXIS)
     else:  # one instruction a number; its NaN has the largest magnitude too
-        result = magnitude(tl.reduce(tl.abs(x), AXIS, _larger))
+        result = magnitude(tl.reduce(tl.abs(x), AXIS, larger))
     return result
 
 
 @triton.jit
-def _larger(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+def larger(a: tl.tensor, b: tl.tensor) -> tl.tensor:
     """Return the larger of two, NaN if one is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
@@ -99,16 +102,19 @@ def load_quarter(
     stride: tl.tensor,
     channel: tl.tensor,
     columns: tl.tensor,
+    INTERPRETED: tl.constexpr,
 ) -> tl.tensor:
-    """Read a quarter of 128 rows, of columns ``[C]``, as they are stored: ``[32, C]``.
+    """Read a quarter of 128 rows, of columns ``[C]``, in FP32: ``[32, C]``.
 
     That is every fourth row, from ``first + quarter``, zeros where there are none: ``filled`` rows
     exist. A thread that has the same number of all four quarters has the codes of a word.
     """
     line = tl.arange(0, 32) * 4 + quarter
     mask = (line < filled)[:, None] & (channel < columns)[None, :]
-    at = x + ((first + line).to(tl.int64) * stride)[:, None] + channel[None, :]
-    return tl.load(at, mask=mask, other=0.0)
+    # Within the square 32 bits count far enough, in half the instructions.
+    within = (line * stride)[:, None] + channel[None, :]
+    numbers = tl.load(x + first.to(tl.int64) * stride + within, mask=mask, other=0.0)
+    return wide(numbers, INTERPRETED)
 
 
 @triton.jit
@@ -122,7 +128,7 @@ def load_scales(
 ) -> tl.tensor:
     """Read what a quarter's rows have as scales in a column of tiles: ``[32, 1]``."""
     line = tl.arange(0, 32) * 4 + quarter
-    at = scales + (first + line).to(tl.int64) * tiles + tile
+    at = scales + first.to(tl.int64) * tiles + (line * tiles + tile)
     return tl.load(at, mask=line < filled, other=0.0)[:, None]
 
 
@@ -148,15 +154,6 @@ def store_groups(
 
 
 @triton.jit
-def words(code: tl.tensor) -> tl.tensor:
-    """Pack codes of four neighbouring rows, ``[4 R, C]``, the first in the lowest byte: int32."""
-    R: tl.constexpr = code.shape[0] // 4
-    C: tl.constexpr = code.shape[1]
-    byte = tl.arange(0, 4) * 8
-    return tl.sum(code.to(tl.int32).reshape(R, 4, C) << byte[None, :, None], axis=1)
-
-
-@triton.jit
 def store_turned(
     a: tl.tensor,
     b: tl.tensor,
@@ -177,7 +174,7 @@ def store_turned(
     packs numbers of its own, and what threads exchange are words: half the bytes of BF16, and
     Triton 3.6 mixes bytes up when it has to rearrange those (seen on a GPU).
     """
-    top = _larger(_larger(tl.abs(a), tl.abs(b)), _larger(tl.abs(c), tl.abs(d)))
+    top = larger(larger(tl.abs(a), tl.abs(b)), larger(tl.abs(c), tl.abs(d)))
     scale = scale_of_magnitude(largest(top, 0, INTERPRETED), POWER_OF_TWO, INTERPRETED)
     by = scale[None, :]
     word = word_of(

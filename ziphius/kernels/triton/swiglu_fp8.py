@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ziphius.kernels.quantize import Fp8
-from ziphius.kernels.triton.bits import approximate, interpreted
+from ziphius.kernels.triton.bits import approximate, interpreted, wide
 from ziphius.kernels.triton.groups import (
     block_of_experts,
     codes_of,
@@ -32,6 +32,7 @@ class Launch:
     groups: int = 16
     channels: int = 64
     back: int = 16
+    vector: int = 8
     warps: int = 4
 
 
@@ -104,6 +105,7 @@ class TritonSwigluFp8:
                 out.codes.shape[1],
                 0 if counts_E is None else len(counts_E),
                 CHANNELS=size.channels,
+                VECTOR=size.vector,
                 EXPERTS=block_of_experts(counts_E),
                 POWER_OF_TWO=power_of_two,
                 INTERPRETED=interpreted(),
@@ -187,9 +189,9 @@ def _swiglu_kernel(
     column = (tile * 128)[:, None] + tl.arange(0, 128)[None, :]
     mask = valid[:, None] & (column < columns)
     at = gate + (row * gate_stride)[:, None] + column
-    g = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    g = wide(tl.load(at, mask=mask, other=0.0), INTERPRETED)
     at = up + (row * up_stride)[:, None] + column
-    u = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    u = wide(tl.load(at, mask=mask, other=0.0), INTERPRETED)
     store_groups(g, gate_codes, gate_scales, row, tile, columns, valid, False, INTERPRETED)
     store_groups(u, up_codes, up_scales, row, tile, columns, valid, False, INTERPRETED)
     hidden = g * _sigmoid(g, INTERPRETED) * u
@@ -215,13 +217,14 @@ def _swiglu_turned_kernel(
     width: tl.tensor,
     experts: tl.tensor,
     CHANNELS: tl.constexpr,
+    VECTOR: tl.constexpr,
     EXPERTS: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
     tile = tl.program_id(1)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = tl.max_contiguous(tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), VECTOR)
     inputs = gate_codes, gate_scales, up_codes, up_scales, gates
     place = tl.program_id(0) * CHANNELS // 128, first, filled, channel, columns
     a = _hidden(inputs, 0, place, INTERPRETED)
@@ -239,9 +242,9 @@ def _hidden(inputs, QUARTER: tl.constexpr, place, INTERPRETED: tl.constexpr) -> 
     gate_codes, gate_scales, up_codes, up_scales, gates = inputs
     tile, first, filled, channel, columns = place
     tiles = tl.cdiv(columns, 128)
-    g = load_quarter(gate_codes, QUARTER, first, filled, columns, channel, columns).to(tl.float32)
+    g = load_quarter(gate_codes, QUARTER, first, filled, columns, channel, columns, INTERPRETED)
     g *= load_scales(gate_scales, QUARTER, first, filled, tiles, tile)
-    u = load_quarter(up_codes, QUARTER, first, filled, columns, channel, columns).to(tl.float32)
+    u = load_quarter(up_codes, QUARTER, first, filled, columns, channel, columns, INTERPRETED)
     u *= load_scales(up_scales, QUARTER, first, filled, tiles, tile)
     hidden = g * _sigmoid(g, INTERPRETED) * u
     if gates is not None:
