@@ -21,10 +21,12 @@ def _cast(x, out, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scale(x, out, POWER_OF_TWO: tl.constexpr, BLOCK: tl.constexpr):
+def _scale(
+    x, out, POWER_OF_TWO: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr
+):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     largest = bits.magnitude(tl.load(x + at))
-    tl.store(out + at, bits.scale_of_magnitude(largest, POWER_OF_TWO))
+    tl.store(out + at, bits.scale_of_magnitude(largest, POWER_OF_TWO, INTERPRETED))
 
 
 @triton.jit
@@ -80,7 +82,7 @@ def test_scales_are_the_references(device: torch.device, power_of_two: bool) -> 
     amax = torch.cat([edges, bad, torch.logspace(-8, 30, 3000), 448 * 2.0 ** torch.arange(-20, 20)])
     on_device = padded(amax, device)
     out = torch.empty_like(on_device)
-    _scale[(len(out) // BLOCK,)](on_device, out, power_of_two, BLOCK)
+    _scale[(len(out) // BLOCK,)](on_device, out, power_of_two, bits.interpreted(), BLOCK)
     expected = quantize.scales_of(amax, power_of_two=power_of_two)
     torch.testing.assert_close(out.cpu()[: len(amax)], expected, rtol=0, atol=0, equal_nan=True)
 

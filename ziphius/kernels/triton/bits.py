@@ -10,10 +10,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# 1/448 is the sum of these but for 2^-48 of it; the first is FP32 that is below.
+FIRST_448 = tl.constexpr(float.fromhex("0x1.249248p-9"))
+REST_448 = tl.constexpr(float.fromhex("0x1.24924ap-33"))
+
 
 def interpreted() -> bool:
     """Say whether kernels run under Triton's interpreter: their ``INTERPRETED``."""
     return bool(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def wide(x: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """Convert to FP32; of BF16 a pair in the two instructions that it takes."""
+    if INTERPRETED or x.dtype != tl.bfloat16:
+        result = x.to(tl.float32)
+    else:
+        result = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=f,=f,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    return result
 
 
 @triton.jit
@@ -26,9 +47,25 @@ def magnitude(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def scale_of(amax: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
-    """Do what ``quantize.scales_of`` does, for largest magnitudes in FP32."""
-    scale = tl.div_rn(tl.where(amax < 1e-4, 1e-4, amax), 448.0)
+def approximate(INSTRUCTION: tl.constexpr, x: tl.tensor) -> tl.tensor:
+    """Apply one of a GPU's own functions of FP32, for which Triton has many instructions."""
+    return tl.inline_asm_elementwise(
+        INSTRUCTION, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def scale_of(amax: tl.tensor, POWER_OF_TWO: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """Do what ``quantize.scales_of`` does, for largest magnitudes in FP32.
+
+    On a GPU 1/448 is the sum of two numbers, the first below it: a product with both, rounded once,
+    is the quotient. The tests try every mantissa.
+    """
+    amax = tl.maximum(amax, 1e-4, propagate_nan=tl.PropagateNan.ALL)
+    if INTERPRETED:
+        scale = tl.div_rn(amax, 448.0)
+    else:
+        scale = tl.fma(amax, FIRST_448, amax * REST_448)
     if POWER_OF_TWO:
         bits = scale.to(tl.int32, bitcast=True)
         raised = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -37,9 +74,11 @@ def scale_of(amax: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def scale_of_magnitude(largest: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
+def scale_of_magnitude(
+    largest: tl.tensor, POWER_OF_TWO: tl.constexpr, INTERPRETED: tl.constexpr
+) -> tl.tensor:
     """Return the scale of groups whose largest ``magnitude`` is given."""
-    return scale_of(largest.to(tl.float32, bitcast=True), POWER_OF_TWO)
+    return scale_of(largest.to(tl.float32, bitcast=True), POWER_OF_TWO, INTERPRETED)
 
 
 @triton.jit
@@ -65,31 +104,65 @@ def to_e4m3(x: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def encode(
+def quotients(
     x: tl.tensor, scale: tl.tensor, POWER_OF_TWO: tl.constexpr, INTERPRETED: tl.constexpr
 ) -> tl.tensor:
-    """Return ``e4m3(x / scale)`` as uint8, the quotient rounded as a division rounds it.
+    """Return ``x / scale``, rounded as a division rounds it wherever a code depends on it.
 
-    ``scale`` has the shape of ``x`` but for dimensions of one. A group has one division, for its
-    reciprocal; a number has three multiplications instead of a division's dozen instructions. They
-    can miss the division's last bit where a quotient lies within 2^-21 of its last place from the
+    ``scale`` has the shape of ``x`` but for dimensions of one. A group has its reciprocal in two
+    parts; a number has two multiplications instead of a division's dozen instructions. They can
+    miss the division's last bit where a quotient lies within 2^-21 of its last place from the
     middle of two FP32 numbers. Beside a tie of codes that needs a scale whose mantissa is within
     2^-20 of a multiple of 1/16; the tests try all of these, and none is missed.
     """
     # Infinity times a reciprocal of zero would turn the finite numbers of its group into NaN.
-    divisor = tl.where(scale == float("inf"), 0.0, scale)
+    infinite = scale == float("inf")
     if POWER_OF_TWO:
         # The reciprocal of 2^n has the exponent's bits counted from the other end.
-        bits = scale.to(tl.int32, bitcast=True)
-        turned = (0x7F000000 - bits).to(tl.float32, bitcast=True)
-        quotient = x * tl.where(scale < float("inf"), turned, divisor)
+        bits = 0x7F000000 - scale.to(tl.int32, bitcast=True)
+        turned = tl.where(scale < float("inf"), bits.to(tl.float32, bitcast=True), scale)
+        quotient = x * tl.where(infinite, 0.0, turned)
     elif INTERPRETED:
         quotient = tl.div_rn(x, scale + tl.zeros_like(x))
     else:
-        reciprocal = tl.div_rn(1.0, scale)
-        # Multiplied by -1, since Triton's minus is a subtraction from zero. The signs of the terms
-        # are those that keep a negative zero negative.
-        back, negative = reciprocal * -1.0, x * -1.0
-        quotient = x * reciprocal
-        quotient = tl.fma(tl.fma(quotient, divisor, negative), back, quotient)
-    return to_e4m3(quotient, INTERPRETED)
+        # The first part is below the reciprocal, so that the rest is positive: else their sum
+        # would lose the sign of a negative zero.
+        first = approximate("rcp.approx.ftz.f32 $0, $1;", scale) * (1 - 2.0**-21)
+        off = tl.fma(tl.where(infinite, 0.0, scale * -1.0), first, 1.0)
+        rest = tl.fma(off, off, off) * first
+        quotient = tl.fma(x, first, x * rest)
+    return quotient
+
+
+@triton.jit
+def encode(
+    x: tl.tensor, scale: tl.tensor, POWER_OF_TWO: tl.constexpr, INTERPRETED: tl.constexpr
+) -> tl.tensor:
+    """Return ``e4m3(x / scale)`` as uint8; ``scale`` may have dimensions of one."""
+    return to_e4m3(quotients(x, scale, POWER_OF_TWO, INTERPRETED), INTERPRETED)
+
+
+@triton.jit
+def word_of(
+    a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor, INTERPRETED: tl.constexpr
+) -> tl.tensor:
+    """Round four FP32 tensors to E4M3 and pack their codes, the first in the lowest byte: int32."""
+    if INTERPRETED:
+        low = to_e4m3(a, True).to(tl.int32) | (to_e4m3(b, True).to(tl.int32) << 8)
+        high = to_e4m3(c, True).to(tl.int32) | (to_e4m3(d, True).to(tl.int32) << 8)
+        word = low | (high << 16)
+    else:
+        word = tl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high;
+            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high};
+            }""",
+            "=r,f,f,f,f",
+            [a, b, c, d],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return word

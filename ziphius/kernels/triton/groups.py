@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ziphius.kernels.quantize import E4M3, TILE, Fp8, tile_count, turned_width
-from ziphius.kernels.triton.bits import encode, magnitude, scale_of_magnitude
+from ziphius.kernels.triton.bits import encode, magnitude, quotients, scale_of_magnitude, wide, word_of
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -64,35 +64,72 @@ def locate(
         filled = rows - first
     else:
         expert = tl.arange(0, EXPERTS)
-        count = tl.load(counts + expert, mask=expert < experts, other=0).to(tl.int32)
+        count = tl.load(counts + expert, mask=expert < experts, other=0)
         tiles = (count + 127) // 128
-        past = tl.cumsum(tiles, 0) <= tile
-        within = (tile - tl.sum(tl.where(past, tiles, 0), 0)) * 128
-        first = tl.sum(tl.where(past, count, 0), 0) + within
-        own = expert == tl.sum(past.to(tl.int32), 0)
-        filled = tl.sum(tl.where(own, count, 0), 0) - within
+        # Rows above, tiles below: two sums are one.
+        past = tl.cumsum((count << 32) | tiles, 0)
+        within = tile - ((past & 0xFFFFFFFF) - tiles)
+        own = (within >= 0) & (within < tiles)
+        start = (past >> 32) - count + within * 128
+        left = count - within * 128
+        found = tl.sum(tl.where(own, (start << 32) | left, 0), 0)
+        first, filled = (found >> 32).to(tl.int32), found.to(tl.int32)
     return first, filled
 
 
 @triton.jit
-def largest(x: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
+def largest(x: tl.tensor, AXIS: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
     """Return the largest ``magnitude`` along an axis."""
-    return tl.max(magnitude(x), AXIS)
+    if INTERPRETED:
+        result = tl.max(magnitude(x), AXIS)
+    else:  # one instruction a number; its NaN has the largest magnitude too
+        result = magnitude(tl.reduce(tl.abs(x), AXIS, larger))
+    return result
 
 
 @triton.jit
-def load_square(
+def larger(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """Return the larger of two, NaN if one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_quarter(
     x: tl.tensor,
-    row: tl.tensor,
-    valid: tl.tensor,
+    quarter: tl.constexpr,
+    first: tl.tensor,
+    filled: tl.tensor,
     stride: tl.tensor,
     channel: tl.tensor,
     columns: tl.tensor,
+    INTERPRETED: tl.constexpr,
 ) -> tl.tensor:
-    """Read rows, int64 ``[R]``, of columns ``[C]`` in FP32; zeros where there are none."""
-    mask = valid[:, None] & (channel < columns)[None, :]
-    at = x + (row * stride)[:, None] + channel[None, :]
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    """Read a quarter of 128 rows, of columns ``[C]``, in FP32: ``[32, C]``.
+
+    That is every fourth row, from ``first + quarter``, zeros where there are none: ``filled`` rows
+    exist. A thread that has the same number of all four quarters has the codes of a word.
+    """
+    line = tl.arange(0, 32) * 4 + quarter
+    mask = (line < filled)[:, None] & (channel < columns)[None, :]
+    # Within the square 32 bits count far enough, in half the instructions.
+    within = (line * stride)[:, None] + channel[None, :]
+    numbers = tl.load(x + first.to(tl.int64) * stride + within, mask=mask, other=0.0)
+    return wide(numbers, INTERPRETED)
+
+
+@triton.jit
+def load_scales(
+    scales: tl.tensor,
+    quarter: tl.constexpr,
+    first: tl.tensor,
+    filled: tl.tensor,
+    tiles: tl.tensor,
+    tile: tl.tensor,
+) -> tl.tensor:
+    """Read what a quarter's rows have as scales in a column of tiles: ``[32, 1]``."""
+    line = tl.arange(0, 32) * 4 + quarter
+    at = scales + first.to(tl.int64) * tiles + (line * tiles + tile)
+    return tl.load(at, mask=line < filled, other=0.0)[:, None]
 
 
 @triton.jit
@@ -108,7 +145,7 @@ def store_groups(
     INTERPRETED: tl.constexpr,
 ) -> None:
     """Quantise groups, ``[G, 128]``, and store them at their rows and tiles, each ``[G]``."""
-    scale = scale_of_magnitude(largest(x, 1), POWER_OF_TWO)
+    scale = scale_of_magnitude(largest(x, 1, INTERPRETED), POWER_OF_TWO, INTERPRETED)
     column = (tile * 128)[:, None] + tl.arange(0, 128)[None, :]
     code = encode(x, scale[:, None], POWER_OF_TWO, INTERPRETED)
     at = codes + (row * columns)[:, None] + column
@@ -117,17 +154,11 @@ def store_groups(
 
 
 @triton.jit
-def words(code: tl.tensor) -> tl.tensor:
-    """Pack codes of four neighbouring rows, ``[4 R, C]``, the first in the lowest byte: int32."""
-    R: tl.constexpr = code.shape[0] // 4
-    C: tl.constexpr = code.shape[1]
-    byte = tl.arange(0, 4) * 8
-    return tl.sum(code.to(tl.int32).reshape(R, 4, C) << byte[None, :, None], axis=1)
-
-
-@triton.jit
 def store_turned(
-    x: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    c: tl.tensor,
+    d: tl.tensor,
     codes: tl.tensor,
     scales: tl.tensor,
     channel: tl.tensor,
@@ -137,14 +168,23 @@ def store_turned(
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """Quantise the columns of ``[128, C]`` and store them as rows ``channel``, int64 ``[C]``.
+    """Quantise the columns of 128 rows and store them as rows ``channel``, ``[C]``.
 
-    ``codes`` are words of four. Threads exchange nothing smaller: Triton 3.6 mixes bytes up when
-    it has to rearrange them (seen on a GPU, with the rows and columns of some shapes).
+    The numbers are FP32 in four quarters (``load_quarter``), ``codes`` words of four. So a thread
+    packs numbers of its own, and what threads exchange are words: half the bytes of BF16, and
+    Triton 3.6 mixes bytes up when it has to rearrange those (seen on a GPU).
     """
-    scale = scale_of_magnitude(largest(x, 0), POWER_OF_TWO)
-    code = encode(x, scale[None, :], POWER_OF_TWO, INTERPRETED)
-    place = tile.to(tl.int64) * 32 + tl.arange(0, 32)
-    at = codes + (channel * (width // 4))[:, None] + place[None, :]
-    tl.store(at, tl.trans(words(code)), mask=(channel < columns)[:, None])
-    tl.store(scales + channel * (width // 128) + tile, scale, mask=channel < columns)
+    top = larger(larger(tl.abs(a), tl.abs(b)), larger(tl.abs(c), tl.abs(d)))
+    scale = scale_of_magnitude(largest(top, 0, INTERPRETED), POWER_OF_TWO, INTERPRETED)
+    by = scale[None, :]
+    word = word_of(
+        quotients(a, by, POWER_OF_TWO, INTERPRETED),
+        quotients(b, by, POWER_OF_TWO, INTERPRETED),
+        quotients(c, by, POWER_OF_TWO, INTERPRETED),
+        quotients(d, by, POWER_OF_TWO, INTERPRETED),
+        INTERPRETED,
+    )
+    row = channel.to(tl.int64)
+    at = codes + (row * (width // 4))[:, None] + (tile * 32 + tl.arange(0, 32))[None, :]
+    tl.store(at, tl.trans(word), mask=(channel < columns)[:, None])
+    tl.store(scales + row * (width // 128) + tile, scale, mask=channel < columns)

@@ -165,7 +165,7 @@ def _norm_kernel(
     if codes is not None:
         GROUPS: tl.constexpr = BLOCK // 128
         groups = tl.reshape(value.to(tl.float32), (LINES * GROUPS, 128))
-        scale = scale_of_magnitude(largest(groups, 1), POWER_OF_TWO)
+        scale = scale_of_magnitude(largest(groups, 1, INTERPRETED), POWER_OF_TWO, INTERPRETED)
         code = encode(groups, scale[:, None], POWER_OF_TWO, INTERPRETED)
         tl.store(codes + place, tl.reshape(code, (LINES, BLOCK)), mask=mask)
         tile = tl.arange(0, GROUPS)[None, :]

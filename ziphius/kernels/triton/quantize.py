@@ -14,19 +14,28 @@ import triton.language as tl
 from torch import Tensor
 
 from ziphius.kernels.quantize import TILE, Fp8, tile_count
-from ziphius.kernels.triton.bits import encode, interpreted, magnitude, scale_of_magnitude
+from ziphius.kernels.triton.bits import (
+    interpreted,
+    quotients,
+    scale_of_magnitude,
+    to_e4m3,
+    wide,
+    word_of,
+)
 from ziphius.kernels.triton.groups import (
     block_of_experts,
     codes_of,
     empty_fp8,
     empty_tiles,
     empty_turned,
-    load_square,
+    larger,
+    largest,
+    load_quarter,
+    load_scales,
     locate,
     rows_of,
     store_groups,
     store_turned,
-    words,
     words_of,
 )
 
@@ -42,6 +51,7 @@ class Launch:
     groups: int = 32
     channels: int = 64
     lines: int = 64
+    vector: int = 8
     warps: int = 4
     square_warps: int = 8
     block_warps: int = 16
@@ -110,6 +120,7 @@ class TritonQuantize:
                 out.codes.shape[1],
                 0 if counts_E is None else len(counts_E),
                 CHANNELS=size.channels,
+                VECTOR=size.vector,
                 EXPERTS=block_of_experts(counts_E),
                 POWER_OF_TWO=power_of_two,
                 INTERPRETED=interpreted(),
@@ -138,8 +149,7 @@ class TritonQuantize:
                 columns,
                 turned.codes.shape[1],
                 0 if counts_E is None else len(counts_E),
-                LINES=size.lines,
-                CHANNELS=size.channels,
+                VECTOR=size.vector,
                 EXPERTS=block_of_experts(counts_E),
                 POWER_OF_TWO=power_of_two,
                 INTERPRETED=interpreted(),
@@ -164,6 +174,7 @@ class TritonQuantize:
                 t.scales,
                 rows,
                 columns,
+                VECTOR=self.launch.vector,
                 POWER_OF_TWO=power_of_two,
                 INTERPRETED=interpreted(),
                 num_warps=self.launch.block_warps,
@@ -191,7 +202,8 @@ def _tiles_kernel(
     valid = group < groups
     column = (tile * 128)[:, None] + tl.arange(0, 128)[None, :]
     at = x + (row * stride)[:, None] + column
-    number = tl.load(at, mask=valid[:, None] & (column < columns), other=0.0).to(tl.float32)
+    number = tl.load(at, mask=valid[:, None] & (column < columns), other=0.0)
+    number = wide(number, INTERPRETED)
     store_groups(number, codes, scales, row, tile, columns, valid, POWER_OF_TWO, INTERPRETED)
 
 
@@ -208,21 +220,27 @@ def _turn_kernel(
     width: tl.tensor,
     experts: tl.tensor,
     CHANNELS: tl.constexpr,
+    VECTOR: tl.constexpr,
     EXPERTS: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
     tile = tl.program_id(1)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
-    line = tl.arange(0, 128)
-    row, valid = (first + line).to(tl.int64), line < filled
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    number = load_square(x, row, valid, stride, channel, columns)
+    channel = tl.max_contiguous(tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), VECTOR)
+    a = load_quarter(x, 0, first, filled, stride, channel, columns, INTERPRETED)
+    b = load_quarter(x, 1, first, filled, stride, channel, columns, INTERPRETED)
+    c = load_quarter(x, 2, first, filled, stride, channel, columns, INTERPRETED)
+    d = load_quarter(x, 3, first, filled, stride, channel, columns, INTERPRETED)
     if x_scales is not None:
-        own = row * tl.cdiv(columns, 128) + tl.program_id(0) * CHANNELS // 128
-        number *= tl.load(x_scales + own, mask=valid, other=0.0)[:, None]
-    place = channel.to(tl.int64)
-    store_turned(number, codes, scales, place, tile, columns, width, POWER_OF_TWO, INTERPRETED)
+        tiles, own = tl.cdiv(columns, 128), tl.program_id(0) * CHANNELS // 128
+        a *= load_scales(x_scales, 0, first, filled, tiles, own)
+        b *= load_scales(x_scales, 1, first, filled, tiles, own)
+        c *= load_scales(x_scales, 2, first, filled, tiles, own)
+        d *= load_scales(x_scales, 3, first, filled, tiles, own)
+    store_turned(
+        a, b, c, d, codes, scales, channel, tile, columns, width, POWER_OF_TWO, INTERPRETED
+    )
 
 
 @triton.jit
@@ -238,38 +256,38 @@ def _both_kernel(
     columns: tl.tensor,
     width: tl.tensor,
     experts: tl.tensor,
-    LINES: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    VECTOR: tl.constexpr,
     EXPERTS: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
     tile, group = tl.program_id(1), tl.program_id(0)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
-    for part in tl.static_range(128 // LINES):
-        line = part * LINES + tl.arange(0, LINES)
+    channel = tl.max_contiguous(group * 128 + tl.arange(0, 128), VECTOR)
+    a = load_quarter(x, 0, first, filled, stride, channel, columns, INTERPRETED)
+    b = load_quarter(x, 1, first, filled, stride, channel, columns, INTERPRETED)
+    c = load_quarter(x, 2, first, filled, stride, channel, columns, INTERPRETED)
+    d = load_quarter(x, 3, first, filled, stride, channel, columns, INTERPRETED)
+    own = group + tl.zeros((32,), tl.int32)
+    for quarter in tl.static_range(4):
+        line = tl.arange(0, 32) * 4 + quarter
+        number = a if quarter == 0 else (b if quarter == 1 else (c if quarter == 2 else d))
         row, valid = (first + line).to(tl.int64), line < filled
-        own = group + tl.zeros_like(line)
-        channel = group * 128 + tl.arange(0, 128)
-        number = load_square(x, row, valid, stride, channel, columns)
         store_groups(number, codes, scales, row, own, columns, valid, POWER_OF_TWO, INTERPRETED)
-    # Read again, from a cache: registers that held the square all along would be too many.
-    for part in tl.static_range(128 // CHANNELS):
-        line = tl.arange(0, 128)
-        channel = group * 128 + part * CHANNELS + tl.arange(0, CHANNELS)
-        row = (first + line).to(tl.int64)
-        number = load_square(x, row, line < filled, stride, channel, columns)
-        store_turned(
-            number,
-            turned_codes,
-            turned_scales,
-            channel.to(tl.int64),
-            tile,
-            columns,
-            width,
-            POWER_OF_TWO,
-            INTERPRETED,
-        )
+    store_turned(
+        a,
+        b,
+        c,
+        d,
+        turned_codes,
+        turned_scales,
+        channel,
+        tile,
+        columns,
+        width,
+        POWER_OF_TWO,
+        INTERPRETED,
+    )
 
 
 @triton.jit
@@ -281,26 +299,39 @@ def _blocks_kernel(
     turned_scales: tl.tensor,
     rows: tl.tensor,
     columns: tl.tensor,
+    VECTOR: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
     across, down, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row = (down * 128 + tl.arange(0, 128)[:, None]).to(tl.int64)
-    column = across * 128 + tl.arange(0, 128)[None, :]
     begin = matrix * rows * columns
-    mask = (row < rows) & (column < columns)
-    at = weight + begin + row * columns + column
-    number = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    scale = scale_of_magnitude(tl.max(tl.max(magnitude(number), 1), 0), POWER_OF_TWO)
-    code = encode(number, scale, POWER_OF_TWO, INTERPRETED)
-    tl.store(codes + begin + row * columns + column, code, mask=mask)
-    if turned_codes is not None:  # in words of four: see store_turned
+    weight, codes = weight + begin, codes + begin
+    first, filled = down * 128, rows - down * 128
+    channel = tl.max_contiguous(across * 128 + tl.arange(0, 128), VECTOR)
+    a = load_quarter(weight, 0, first, filled, columns, channel, columns, INTERPRETED)
+    b = load_quarter(weight, 1, first, filled, columns, channel, columns, INTERPRETED)
+    c = load_quarter(weight, 2, first, filled, columns, channel, columns, INTERPRETED)
+    d = load_quarter(weight, 3, first, filled, columns, channel, columns, INTERPRETED)
+    top = larger(larger(tl.abs(a), tl.abs(b)), larger(tl.abs(c), tl.abs(d)))
+    top = tl.max(largest(top, 1, INTERPRETED), 0)
+    scale = scale_of_magnitude(top, POWER_OF_TWO, INTERPRETED)
+    a = quotients(a, scale, POWER_OF_TWO, INTERPRETED)
+    b = quotients(b, scale, POWER_OF_TWO, INTERPRETED)
+    c = quotients(c, scale, POWER_OF_TWO, INTERPRETED)
+    d = quotients(d, scale, POWER_OF_TWO, INTERPRETED)
+    for quarter in tl.static_range(4):
+        line = tl.arange(0, 32) * 4 + quarter
+        number = a if quarter == 0 else (b if quarter == 1 else (c if quarter == 2 else d))
+        mask = (line < filled)[:, None] & (channel < columns)[None, :]
+        at = codes + first.to(tl.int64) * columns + ((line * columns)[:, None] + channel[None, :])
+        tl.store(at, to_e4m3(number, INTERPRETED), mask=mask)
+    if turned_codes is not None:
         word = down * 32 + tl.arange(0, 32)[None, :]
-        channel = (across * 128 + tl.arange(0, 128)[:, None]).to(tl.int64)
-        at_turned = turned_codes + (begin + channel * rows) // 4 + word
-        inside = (word * 4 < rows) & (channel < columns)
-        tl.store(at_turned, tl.trans(words(code)), mask=inside)
-    high, wide = tl.cdiv(rows, 128), tl.cdiv(columns, 128)
-    blocks = matrix * high * wide
-    tl.store(scales + blocks + down * wide + across, scale)
+        row = channel[:, None].to(tl.int64)
+        mask = (word * 4 < rows) & (row < columns)
+        at = turned_codes + (begin + row * rows) // 4 + word
+        tl.store(at, tl.trans(word_of(a, b, c, d, INTERPRETED)), mask=mask)
+    high, broad = tl.cdiv(rows, 128), tl.cdiv(columns, 128)
+    blocks = matrix * high * broad
+    tl.store(scales + blocks + down * broad + across, scale)
     tl.store(turned_scales + blocks + across * high + down, scale)

@@ -10,13 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ziphius.kernels.quantize import Fp8
-from ziphius.kernels.triton.bits import interpreted
+from ziphius.kernels.triton.bits import approximate, interpreted, wide
 from ziphius.kernels.triton.groups import (
     block_of_experts,
     codes_of,
     empty_tiles,
     empty_turned,
-    load_square,
+    load_quarter,
+    load_scales,
     locate,
     store_groups,
     store_turned,
@@ -31,6 +32,7 @@ class Launch:
     groups: int = 16
     channels: int = 64
     back: int = 16
+    vector: int = 8
     warps: int = 4
 
 
@@ -103,6 +105,7 @@ class TritonSwigluFp8:
                 out.codes.shape[1],
                 0 if counts_E is None else len(counts_E),
                 CHANNELS=size.channels,
+                VECTOR=size.vector,
                 EXPERTS=block_of_experts(counts_E),
                 POWER_OF_TWO=power_of_two,
                 INTERPRETED=interpreted(),
@@ -155,16 +158,9 @@ def _sigmoid(x: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
     if INTERPRETED:
         result = 1.0 / (1.0 + tl.exp(-x))
     else:
-        power = _approximate("ex2.approx.ftz.f32 $0, $1;", x * -1.4426950408889634)
-        result = _approximate("rcp.approx.ftz.f32 $0, $1;", 1.0 + power)
+        power = approximate("ex2.approx.ftz.f32 $0, $1;", x * -1.4426950408889634)
+        result = approximate("rcp.approx.ftz.f32 $0, $1;", 1.0 + power)
     return result
-
-
-@triton.jit
-def _approximate(INSTRUCTION: tl.constexpr, x: tl.tensor) -> tl.tensor:
-    return tl.inline_asm_elementwise(
-        INSTRUCTION, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
 
 
 @triton.jit
@@ -193,9 +189,9 @@ def _swiglu_kernel(
     column = (tile * 128)[:, None] + tl.arange(0, 128)[None, :]
     mask = valid[:, None] & (column < columns)
     at = gate + (row * gate_stride)[:, None] + column
-    g = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    g = wide(tl.load(at, mask=mask, other=0.0), INTERPRETED)
     at = up + (row * up_stride)[:, None] + column
-    u = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    u = wide(tl.load(at, mask=mask, other=0.0), INTERPRETED)
     store_groups(g, gate_codes, gate_scales, row, tile, columns, valid, False, INTERPRETED)
     store_groups(u, up_codes, up_scales, row, tile, columns, valid, False, INTERPRETED)
     hidden = g * _sigmoid(g, INTERPRETED) * u
@@ -221,25 +217,39 @@ def _swiglu_turned_kernel(
     width: tl.tensor,
     experts: tl.tensor,
     CHANNELS: tl.constexpr,
+    VECTOR: tl.constexpr,
     EXPERTS: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
     tile = tl.program_id(1)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
-    line = tl.arange(0, 128)
-    row, valid = (first + line).to(tl.int64), line < filled
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    own = row * tl.cdiv(columns, 128) + tl.program_id(0) * CHANNELS // 128
-    g = load_square(gate_codes, row, valid, columns, channel, columns)
-    g *= tl.load(gate_scales + own, mask=valid, other=0.0)[:, None]
-    u = load_square(up_codes, row, valid, columns, channel, columns)
-    u *= tl.load(up_scales + own, mask=valid, other=0.0)[:, None]
+    channel = tl.max_contiguous(tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), VECTOR)
+    inputs = gate_codes, gate_scales, up_codes, up_scales, gates
+    place = tl.program_id(0) * CHANNELS // 128, first, filled, channel, columns
+    a = _hidden(inputs, 0, place, INTERPRETED)
+    b = _hidden(inputs, 1, place, INTERPRETED)
+    c = _hidden(inputs, 2, place, INTERPRETED)
+    d = _hidden(inputs, 3, place, INTERPRETED)
+    store_turned(
+        a, b, c, d, codes, scales, channel, tile, columns, width, POWER_OF_TWO, INTERPRETED
+    )
+
+
+@triton.jit
+def _hidden(inputs, QUARTER: tl.constexpr, place, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """Compute a quarter of a square of the product from what is kept."""
+    gate_codes, gate_scales, up_codes, up_scales, gates = inputs
+    tile, first, filled, channel, columns = place
+    tiles = tl.cdiv(columns, 128)
+    g = load_quarter(gate_codes, QUARTER, first, filled, columns, channel, columns, INTERPRETED)
+    g *= load_scales(gate_scales, QUARTER, first, filled, tiles, tile)
+    u = load_quarter(up_codes, QUARTER, first, filled, columns, channel, columns, INTERPRETED)
+    u *= load_scales(up_scales, QUARTER, first, filled, tiles, tile)
     hidden = g * _sigmoid(g, INTERPRETED) * u
     if gates is not None:
-        hidden *= tl.load(gates + row, mask=valid, other=0.0)[:, None]
-    place = channel.to(tl.int64)
-    store_turned(hidden, codes, scales, place, tile, columns, width, POWER_OF_TWO, INTERPRETED)
+        hidden *= load_scales(gates, QUARTER, first, filled, 1, 0)
+    return hidden
 
 
 @triton.jit
