@@ -182,6 +182,14 @@ def gradients(model: Transformer) -> tuple[Tensor, dict[str, Tensor]]:
     return parts.total.detach(), {name: g for name, g in found.items() if g is not None}
 
 
+def assert_equal(found: Tensor, expected: Tensor, name: str = "loss") -> None:
+    """To the bit, but for sums of torch's own that have no fixed order on a GPU."""
+    if ON_GPU:
+        assert distance(found, expected) < 1e-5, name
+    else:
+        assert torch.equal(found, expected), name
+
+
 def build(expand: str, how: Any, changes: dict[str, Any]) -> Transformer:
     attention = changes.pop("attention", "reference")
     kernels = Kernels(expand=expand, attention=attention)
@@ -190,10 +198,14 @@ def build(expand: str, how: Any, changes: dict[str, Any]) -> Transformer:
     return model
 
 
+# SDPA saves what it is given, and not copies as the reference does.
+PADDED = {"attention": "sdpa"}
+
+
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"q_lora_rank": None}, {"attention": "sdpa"}, {"attention": "triton"}],
-    ids=["query latent", "whole queries", "padded", "attention of ours"],
+    [{}, PADDED, {**PADDED, "q_lora_rank": None}, {"attention": "triton"}],
+    ids=["query latent", "padded", "whole queries", "attention of ours"],
 )
 @pytest.mark.parametrize("how", ["selective", "full"])
 def test_a_model_computes_the_same_again(how: str, changes: dict[str, Any]) -> None:
@@ -203,9 +215,9 @@ def test_a_model_computes_the_same_again(how: str, changes: dict[str, Any]) -> N
     plain_loss, plain = gradients(build("torch", "none", dict(changes)))
     once_loss, once = gradients(build("triton", "none", dict(changes)))
     loss, again = gradients(build("triton", how, dict(changes)))
-    assert torch.equal(once_loss, plain_loss)
-    assert torch.equal(loss, plain_loss)
+    assert_equal(once_loss, plain_loss)
+    assert_equal(loss, plain_loss)
     assert again.keys() == once.keys() == plain.keys()
     for name, expected in once.items():
-        assert torch.equal(again[name], expected), name
+        assert_equal(again[name], expected, name)
         assert distance(expected, plain[name]) < 1e-5, name
