@@ -126,7 +126,6 @@ def test_every_cut_of_weights(cut: Cut) -> None:
     assert_sums(found, o.exact()[2])
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning:triton.*")
 @pytest.mark.parametrize(("outer", "inner"), WIDTHS)
 def test_an_infinity_stays_with_its_expert(outer: int, inner: int) -> None:
     """Blocks of rows and of columns reach into the next expert's, times zero."""
