@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.kernels.triton.conftest import ON_GPU
-from tests.kernels.triton.near import assert_near
-from tests.kernels.triton.support import DEVICE, STORAGE
+from tests.kernels.triton.near import TOLERANCE, assert_near
+from tests.kernels.triton.support import DEVICE, STORAGE, distance
+from tests.support import tiny_config
 from ziphius.kernels.grouped import grouped_linear_reference, keep_gradient
-from ziphius.kernels.select import triton_kernels
+from ziphius.kernels.select import Kernels, triton_kernels
 from ziphius.kernels.triton.grouped import (
     ROWS_CUTS,
     WEIGHTS_CUTS,
@@ -23,6 +24,9 @@ from ziphius.kernels.triton.grouped import (
     rows_times,
     weight_gradient,
 )
+from ziphius.model.dispatch import Sent
+from ziphius.model.ffn import MixtureOfExperts
+from ziphius.model.precision import Precision
 
 COUNTS = st.lists(st.sampled_from([0, 0, 1, 3, 63, 64, 65, 130]), min_size=1, max_size=5)
 # Every kind of tile: whole ones, a rest, one row, none, none at the end.
@@ -188,6 +192,37 @@ def test_what_the_matrix_units_would_round_is_not_theirs(dtype: torch.dtype) -> 
     x, weight = o.x_MI.to(dtype), o.weight_EOI.to(dtype)
     out = grouped_linear_triton(x, weight, o.counts_E)
     assert_near(out, grouped_linear_reference(x.double(), weight.double(), o.counts), torch.float32)
+
+
+def run_experts(version: str, x_ND: Tensor) -> tuple[Tensor, ...]:
+    """Return what a mixture's routed experts give, and every gradient."""
+    precision = Precision.for_training(STORAGE)
+    moe = MixtureOfExperts(tiny_config(), precision, Kernels(grouped=version), DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in [*moe.parameters(), *moe.buffers()]:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
+    x_ND = x_ND.clone().requires_grad_()
+    sent = moe.dispatch(x_ND, moe.route(x_ND, None))
+    out_ND = moe.combine(moe.run_experts(sent), sent)
+    out_ND.backward(x_ND.detach())
+    weights = moe.experts.parameters()
+    return out_ND.detach(), x_ND.grad, *(weight.grad for weight in weights)
+
+
+def test_experts_of_a_step_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are what the loop makes, whose counts the host has to be told."""
+    generator = torch.Generator().manual_seed(1)
+    x_ND = torch.randn(30, tiny_config().hidden_size, generator=generator).to(DEVICE, STORAGE)
+    expected = run_experts("loop", x_ND)
+
+    def counts(sent: Sent) -> list[int]:
+        raise AssertionError("the host asked for counts")
+
+    monkeypatch.setattr(Sent, "counts", property(counts))
+    for found, right in zip(run_experts("triton", x_ND), expected, strict=True):
+        # Both round: each may be off on its own.
+        assert distance(found, right) <= 2 * TOLERANCE[STORAGE]
 
 
 def test_training_on_gpus_runs_it() -> None:
