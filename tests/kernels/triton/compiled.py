@@ -45,11 +45,13 @@ class Report(NamedTuple):
     spilled: int  # bytes a thread
     shared: int  # bytes a block
     matrix: str  # wgmma, mma or nothing
+    mixed: bool  # threads exchange bytes, which Triton 3.6 mixes up
 
     def __str__(self) -> str:
         return (
             f"{self.name}: {self.registers} registers, {self.spilled} bytes spilled, "
             f"{self.shared} bytes shared, {self.matrix or 'no matrix unit'}"
+            f"{', BYTES BETWEEN THREADS' if self.mixed else ''}"
         )
 
 
@@ -89,7 +91,9 @@ def _compiled(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> 
     registers, spilled = _resources(kernel.asm["cubin"])
     ptx = kernel.asm["ptx"]
     matrix = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
-    return Report(kernel.metadata.name, registers, spilled, kernel.metadata.shared, matrix)
+    lines = kernel.asm["ttgir"].splitlines()
+    mixed = any("convert_layout" in line and re.search("x(i8|f8)", line) for line in lines)
+    return Report(kernel.metadata.name, registers, spilled, kernel.metadata.shared, matrix, mixed)
 
 
 def _is_aligned(kind: str, value: Any) -> bool:
@@ -165,6 +169,35 @@ def e5m6() -> None:
     for width in (16384, 1000):
         q = TritonE5M6().encode(torch.empty(64, width, dtype=torch.bfloat16))
         TritonE5M6().decode(q, width, torch.bfloat16)
+
+
+def quantize() -> None:
+    """Every quantiser in every candidate's blocks, with and without experts."""
+    from ziphius.kernels.triton.quantize import CANDIDATES, TritonQuantize
+
+    x_MC, counts_E = torch.empty(4096, 7168).bfloat16(), torch.zeros(256, dtype=torch.int64)
+    for ours in map(TritonQuantize, CANDIDATES):
+        for power_of_two in (False, True):
+            tiles = ours.tiles(x_MC, power_of_two=power_of_two)
+            for counts in (None, counts_E):
+                ours.turn(x_MC, counts, power_of_two=power_of_two)
+                ours.regroup(tiles, counts, power_of_two=power_of_two)
+                ours.both(x_MC, counts, power_of_two=power_of_two)
+            for weight in (x_MC, torch.empty(2, 2048, 7168), torch.empty(2, 2048, 7168).bfloat16()):
+                ours.blocks(weight, power_of_two=power_of_two)
+
+
+def swiglu() -> None:
+    """SwiGLU with its quantisers in every candidate's blocks, with and without experts."""
+    from ziphius.kernels.triton.swiglu_fp8 import CANDIDATES, TritonSwigluFp8
+
+    x_MF, gates_M = torch.empty(4096, 4096).bfloat16(), torch.empty(4096)
+    for ours in map(TritonSwigluFp8, CANDIDATES):
+        halves = x_MF.chunk(2, 1)
+        for counts, gates in ((None, None), (torch.zeros(256, dtype=torch.int64), gates_M)):
+            _, gate, up = ours.forward(*halves, gates)
+            ours.turned(gate, up, gates, counts)
+            ours.backward(gate, up, gates, halves[0], *halves)
 
 
 def loss() -> None:
@@ -245,7 +278,9 @@ CALLS: dict[str, Callable[[], None]] = {
     "grouped_cuts": grouped_cuts,
     "latent": latent,
     "loss": loss,
+    "quantize": quantize,
     "route": route,
+    "swiglu": swiglu,
 }
 
 

@@ -21,9 +21,7 @@ def _cast(x, out, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scale(
-    x, out, POWER_OF_TWO: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr
-):
+def _scale(x, out, POWER_OF_TWO: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     largest = bits.magnitude(tl.load(x + at))
     tl.store(out + at, bits.scale_of_magnitude(largest, POWER_OF_TWO, INTERPRETED))
@@ -134,13 +132,29 @@ def test_quotients_beside_ties_by_the_least_there_is(device: torch.device) -> No
     assert torch.equal(out.cpu()[: len(x)], expected)
 
 
-def test_one_correction_of_a_product_with_the_reciprocal_is_on_the_divisions_side() -> None:
-    """What the kernel computes on a GPU, here: FP64 holds these products and sums exactly."""
+@pytest.mark.parametrize("places", range(-2, 3))
+def test_one_correction_of_a_product_with_the_reciprocal_is_on_the_divisions_side(
+    places: int,
+) -> None:
+    """What the kernel computes on a GPU, here: FP64 holds these products and sums exactly.
+
+    The GPU's own reciprocal may be off by some last places.
+    """
     x, scale = (t.double() for t in hard_quotients())
-    reciprocal = (1 / scale).float().double()
+    own = ((1 / scale).float().view(torch.int32) + places).view(torch.float32).double()
+    reciprocal = (own + (1 - scale * own).float().double() * own).float().double()
     first = (x * reciprocal).float().double()
     rest = (first * scale - x).float().double()
     quotient = (first - rest * reciprocal).float()
     assert torch.equal(codes_of(quotient), codes_of((x / scale).float()))
     # Without the correction some are not: these are hard.
     assert not torch.equal(codes_of(first.float()), codes_of((x / scale).float()))
+
+
+def test_a_448th_in_two_parts_divides_every_mantissa() -> None:
+    """What the kernel computes on a GPU, here, of every number from 1 to 2."""
+    for amax in torch.arange(2**23, 2**24).split(2**20):
+        wide = amax.double()
+        first, rest = bits.FIRST_448.value, bits.REST_448.value
+        quotient = (wide * first + (wide * rest).float().double()).float()
+        assert torch.equal(quotient, amax.float() / torch.tensor(448.0))

@@ -21,13 +21,15 @@ def interpreted() -> bool:
 
 
 @triton.jit
-def wide(x: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
+def wide(x: tl.tensor, INTERPRETED: tl.constexpr, AGAIN: tl.constexpr = False) -> tl.tensor:
     """Convert to FP32; of BF16 a pair in the two instructions that it takes."""
     if INTERPRETED or x.dtype != tl.bfloat16:
         result = x.to(tl.float32)
     else:
         result = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "prmt.b32 $0, $2, 0, 0x1044; prmt.b32 $1, $2, 0, 0x3244;"
+            if AGAIN
+            else "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
             "=f,=f,r",
             [x],
             dtype=tl.float32,
@@ -62,10 +64,7 @@ def scale_of(amax: tl.tensor, POWER_OF_TWO: tl.constexpr, INTERPRETED: tl.conste
     is the quotient. The tests try every mantissa.
     """
     amax = tl.maximum(amax, 1e-4, propagate_nan=tl.PropagateNan.ALL)
-    if INTERPRETED:
-        scale = tl.div_rn(amax, 448.0)
-    else:
-        scale = tl.fma(amax, FIRST_448, amax * REST_448)
+    scale = tl.div_rn(amax, 448.0) if INTERPRETED else tl.fma(amax, FIRST_448, amax * REST_448)
     if POWER_OF_TWO:
         bits = scale.to(tl.int32, bitcast=True)
         raised = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -109,10 +108,10 @@ def quotients(
 ) -> tl.tensor:
     """Return ``x / scale``, rounded as a division rounds it wherever a code depends on it.
 
-    ``scale`` has the shape of ``x`` but for dimensions of one. A group has its reciprocal in two
-    parts; a number has two multiplications instead of a division's dozen instructions. They can
-    miss the division's last bit where a quotient lies within 2^-21 of its last place from the
-    middle of two FP32 numbers. Beside a tie of codes that needs a scale whose mantissa is within
+    ``scale`` has the shape of ``x`` but for dimensions of one. A group has one reciprocal, a number
+    three multiplications instead of a division's dozen instructions. They can miss the division's
+    last bit where a quotient lies within 2^-21 of its last place from the middle of two FP32
+    numbers. Beside a tie of codes that needs a scale whose mantissa is within
     2^-20 of a multiple of 1/16; the tests try all of these, and none is missed.
     """
     # Infinity times a reciprocal of zero would turn the finite numbers of its group into NaN.
@@ -125,12 +124,14 @@ def quotients(
     elif INTERPRETED:
         quotient = tl.div_rn(x, scale + tl.zeros_like(x))
     else:
-        # The first part is below the reciprocal, so that the rest is positive: else their sum
-        # would lose the sign of a negative zero.
-        first = approximate("rcp.approx.ftz.f32 $0, $1;", scale) * (1 - 2.0**-21)
-        off = tl.fma(tl.where(infinite, 0.0, scale * -1.0), first, 1.0)
-        rest = tl.fma(off, off, off) * first
-        quotient = tl.fma(x, first, x * rest)
+        divisor = tl.where(infinite, 0.0, scale)
+        # One step of Newton's brings a GPU's own reciprocal to the nearest number.
+        near = approximate("rcp.approx.ftz.f32 $0, $1;", scale)
+        near = tl.fma(tl.fma(divisor * -1.0, near, 1.0), near, near)
+        # Multiplied by -1, since Triton's minus is a subtraction from zero. The signs of the terms
+        # are those that keep a negative zero negative.
+        quotient = x * near
+        quotient = tl.fma(tl.fma(quotient, divisor, x * -1.0), near * -1.0, quotient)
     return quotient
 
 

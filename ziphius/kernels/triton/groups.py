@@ -8,7 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ziphius.kernels.quantize import E4M3, TILE, Fp8, tile_count, turned_width
-from ziphius.kernels.triton.bits import encode, magnitude, quotients, scale_of_magnitude, wide, word_of
+from ziphius.kernels.triton.bits import (
+    encode,
+    magnitude,
+    quotients,
+    scale_of_magnitude,
+    word_of,
+)
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -102,9 +108,8 @@ def load_quarter(
     stride: tl.tensor,
     channel: tl.tensor,
     columns: tl.tensor,
-    INTERPRETED: tl.constexpr,
 ) -> tl.tensor:
-    """Read a quarter of 128 rows, of columns ``[C]``, in FP32: ``[32, C]``.
+    """Read a quarter of 128 rows, of columns ``[C]``, as they are stored: ``[32, C]``.
 
     That is every fourth row, from ``first + quarter``, zeros where there are none: ``filled`` rows
     exist. A thread that has the same number of all four quarters has the codes of a word.
@@ -113,8 +118,7 @@ def load_quarter(
     mask = (line < filled)[:, None] & (channel < columns)[None, :]
     # Within the square 32 bits count far enough, in half the instructions.
     within = (line * stride)[:, None] + channel[None, :]
-    numbers = tl.load(x + first.to(tl.int64) * stride + within, mask=mask, other=0.0)
-    return wide(numbers, INTERPRETED)
+    return tl.load(x + first.to(tl.int64) * stride + within, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -151,6 +155,31 @@ def store_groups(
     at = codes + (row * columns)[:, None] + column
     tl.store(at, code, mask=valid[:, None] & (column < columns))
     tl.store(scales + row * tl.cdiv(columns, 128) + tile, scale, mask=valid)
+
+
+@triton.jit
+def store_quarter(
+    x: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    quarter: tl.constexpr,
+    first: tl.tensor,
+    filled: tl.tensor,
+    channel: tl.tensor,
+    tile: tl.tensor,
+    columns: tl.tensor,
+    POWER_OF_TWO: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> None:
+    """Quantise a quarter of a square of 128 in tiles, and store it in a column of tiles."""
+    line, tiles = tl.arange(0, 32) * 4 + quarter, tl.cdiv(columns, 128)
+    scale = scale_of_magnitude(largest(x, 1, INTERPRETED), POWER_OF_TWO, INTERPRETED)
+    code = encode(x, scale[:, None], POWER_OF_TWO, INTERPRETED)
+    within = (line * columns)[:, None] + channel[None, :]
+    mask = (line < filled)[:, None] & (channel < columns)[None, :]
+    tl.store(codes + first.to(tl.int64) * columns + within, code, mask=mask)
+    at = scales + first.to(tl.int64) * tiles + (line * tiles + tile)
+    tl.store(at, scale, mask=line < filled)
 
 
 @triton.jit

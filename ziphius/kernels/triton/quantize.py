@@ -35,6 +35,7 @@ from ziphius.kernels.triton.groups import (
     locate,
     rows_of,
     store_groups,
+    store_quarter,
     store_turned,
     words_of,
 )
@@ -44,24 +45,26 @@ from ziphius.kernels.triton.groups import (
 class Launch:
     """How much a program takes, of which operation.
 
-    ``groups`` of 128 numbers of tiles; 128 rows of ``channels`` of a turned matrix; for both at
-    once a square of 128, ``lines`` rows and then ``channels`` at a time.
+    ``groups`` of 128 numbers of tiles; 128 rows of ``channels`` of a turned matrix, ``vector`` of
+    them a thread and load; for both at once, and for blocks, a square of 128. ``registers`` bound
+    those of ``both``: 80 let three programs of eight warps run side by side.
     """
 
     groups: int = 32
     channels: int = 64
-    lines: int = 64
     vector: int = 8
     warps: int = 4
     square_warps: int = 8
+    registers: int | None = 80
     block_warps: int = 16
 
 
 CANDIDATES = (
     Launch(),
-    Launch(groups=16, channels=32, lines=32),
-    Launch(groups=64, channels=128, lines=128, warps=8),
-    Launch(groups=64, channels=64, lines=128, warps=8, square_warps=16, block_warps=8),
+    Launch(groups=16, vector=4, registers=None),
+    Launch(groups=64, channels=128, warps=8, square_warps=4, registers=None, block_warps=8),
+    Launch(groups=16, channels=128, vector=16, square_warps=4, registers=None, block_warps=8),
+    Launch(groups=64, channels=128, vector=4, warps=8, square_warps=16, registers=None),
 )
 
 
@@ -154,6 +157,7 @@ class TritonQuantize:
                 POWER_OF_TWO=power_of_two,
                 INTERPRETED=interpreted(),
                 num_warps=size.square_warps,
+                maxnreg=size.registers,
             )
         return tiles, turned
 
@@ -228,10 +232,10 @@ def _turn_kernel(
     tile = tl.program_id(1)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
     channel = tl.max_contiguous(tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), VECTOR)
-    a = load_quarter(x, 0, first, filled, stride, channel, columns, INTERPRETED)
-    b = load_quarter(x, 1, first, filled, stride, channel, columns, INTERPRETED)
-    c = load_quarter(x, 2, first, filled, stride, channel, columns, INTERPRETED)
-    d = load_quarter(x, 3, first, filled, stride, channel, columns, INTERPRETED)
+    a = wide(load_quarter(x, 0, first, filled, stride, channel, columns), INTERPRETED)
+    b = wide(load_quarter(x, 1, first, filled, stride, channel, columns), INTERPRETED)
+    c = wide(load_quarter(x, 2, first, filled, stride, channel, columns), INTERPRETED)
+    d = wide(load_quarter(x, 3, first, filled, stride, channel, columns), INTERPRETED)
     if x_scales is not None:
         tiles, own = tl.cdiv(columns, 128), tl.program_id(0) * CHANNELS // 128
         a *= load_scales(x_scales, 0, first, filled, tiles, own)
@@ -264,21 +268,30 @@ def _both_kernel(
     tile, group = tl.program_id(1), tl.program_id(0)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
     channel = tl.max_contiguous(group * 128 + tl.arange(0, 128), VECTOR)
-    a = load_quarter(x, 0, first, filled, stride, channel, columns, INTERPRETED)
-    b = load_quarter(x, 1, first, filled, stride, channel, columns, INTERPRETED)
-    c = load_quarter(x, 2, first, filled, stride, channel, columns, INTERPRETED)
-    d = load_quarter(x, 3, first, filled, stride, channel, columns, INTERPRETED)
-    own = group + tl.zeros((32,), tl.int32)
+    a = load_quarter(x, 0, first, filled, stride, channel, columns)
+    b = load_quarter(x, 1, first, filled, stride, channel, columns)
+    c = load_quarter(x, 2, first, filled, stride, channel, columns)
+    d = load_quarter(x, 3, first, filled, stride, channel, columns)
+    quarters = a, b, c, d
     for quarter in tl.static_range(4):
-        line = tl.arange(0, 32) * 4 + quarter
-        number = a if quarter == 0 else (b if quarter == 1 else (c if quarter == 2 else d))
-        row, valid = (first + line).to(tl.int64), line < filled
-        store_groups(number, codes, scales, row, own, columns, valid, POWER_OF_TWO, INTERPRETED)
+        store_quarter(
+            wide(quarters[quarter], INTERPRETED),
+            codes,
+            scales,
+            quarter,
+            first,
+            filled,
+            channel,
+            group,
+            columns,
+            POWER_OF_TWO,
+            INTERPRETED,
+        )
     store_turned(
-        a,
-        b,
-        c,
-        d,
+        wide(a, INTERPRETED, True),
+        wide(b, INTERPRETED, True),
+        wide(c, INTERPRETED, True),
+        wide(d, INTERPRETED, True),
         turned_codes,
         turned_scales,
         channel,
@@ -308,10 +321,10 @@ def _blocks_kernel(
     weight, codes = weight + begin, codes + begin
     first, filled = down * 128, rows - down * 128
     channel = tl.max_contiguous(across * 128 + tl.arange(0, 128), VECTOR)
-    a = load_quarter(weight, 0, first, filled, columns, channel, columns, INTERPRETED)
-    b = load_quarter(weight, 1, first, filled, columns, channel, columns, INTERPRETED)
-    c = load_quarter(weight, 2, first, filled, columns, channel, columns, INTERPRETED)
-    d = load_quarter(weight, 3, first, filled, columns, channel, columns, INTERPRETED)
+    a = wide(load_quarter(weight, 0, first, filled, columns, channel, columns), INTERPRETED)
+    b = wide(load_quarter(weight, 1, first, filled, columns, channel, columns), INTERPRETED)
+    c = wide(load_quarter(weight, 2, first, filled, columns, channel, columns), INTERPRETED)
+    d = wide(load_quarter(weight, 3, first, filled, columns, channel, columns), INTERPRETED)
     top = larger(larger(tl.abs(a), tl.abs(b)), larger(tl.abs(c), tl.abs(d)))
     top = tl.max(largest(top, 1, INTERPRETED), 0)
     scale = scale_of_magnitude(top, POWER_OF_TWO, INTERPRETED)
@@ -319,12 +332,12 @@ def _blocks_kernel(
     b = quotients(b, scale, POWER_OF_TWO, INTERPRETED)
     c = quotients(c, scale, POWER_OF_TWO, INTERPRETED)
     d = quotients(d, scale, POWER_OF_TWO, INTERPRETED)
+    quarters = a, b, c, d
     for quarter in tl.static_range(4):
         line = tl.arange(0, 32) * 4 + quarter
-        number = a if quarter == 0 else (b if quarter == 1 else (c if quarter == 2 else d))
         mask = (line < filled)[:, None] & (channel < columns)[None, :]
         at = codes + first.to(tl.int64) * columns + ((line * columns)[:, None] + channel[None, :])
-        tl.store(at, to_e4m3(number, INTERPRETED), mask=mask)
+        tl.store(at, to_e4m3(quarters[quarter], INTERPRETED), mask=mask)
     if turned_codes is not None:
         word = down * 32 + tl.arange(0, 32)[None, :]
         row = channel[:, None].to(tl.int64)

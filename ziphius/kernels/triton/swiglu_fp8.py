@@ -27,19 +27,23 @@ from ziphius.kernels.triton.groups import (
 
 @dataclass(frozen=True)
 class Launch:
-    """How much a program takes: groups forward and of a row back, channels of a turned square."""
+    """How much a program takes: groups forward and of a row back, channels of a turned square.
+
+    ``vector`` of those are a thread's, of a row.
+    """
 
     groups: int = 16
     channels: int = 64
-    back: int = 16
     vector: int = 8
+    back: int = 16
     warps: int = 4
 
 
 CANDIDATES = (
     Launch(),
-    Launch(groups=8, channels=32, back=8),
-    Launch(groups=32, channels=64, back=32, warps=8),
+    Launch(groups=8, vector=4, back=8),
+    Launch(groups=32, channels=128, back=32, warps=8),
+    Launch(groups=32, channels=128, vector=16, back=8),
 )
 
 
@@ -242,14 +246,15 @@ def _hidden(inputs, QUARTER: tl.constexpr, place, INTERPRETED: tl.constexpr) -> 
     gate_codes, gate_scales, up_codes, up_scales, gates = inputs
     tile, first, filled, channel, columns = place
     tiles = tl.cdiv(columns, 128)
-    g = load_quarter(gate_codes, QUARTER, first, filled, columns, channel, columns, INTERPRETED)
+    g = wide(
+        load_quarter(gate_codes, QUARTER, first, filled, columns, channel, columns), INTERPRETED
+    )
     g *= load_scales(gate_scales, QUARTER, first, filled, tiles, tile)
-    u = load_quarter(up_codes, QUARTER, first, filled, columns, channel, columns, INTERPRETED)
-    u *= load_scales(up_scales, QUARTER, first, filled, tiles, tile)
-    hidden = g * _sigmoid(g, INTERPRETED) * u
+    row = load_scales(up_scales, QUARTER, first, filled, tiles, tile)
     if gates is not None:
-        hidden *= load_scales(gates, QUARTER, first, filled, 1, 0)
-    return hidden
+        row *= load_scales(gates, QUARTER, first, filled, 1, 0)
+    u = wide(load_quarter(up_codes, QUARTER, first, filled, columns, channel, columns), INTERPRETED)
+    return g * _sigmoid(g, INTERPRETED) * (u * row)
 
 
 @triton.jit
