@@ -45,6 +45,7 @@ SERVED: Mapping[str, Sequence[str]] = {
 # What neither has, and why.
 SELDOM: Mapping[str, str] = {
     "reach_kernel": "rows of several documents with pretrain's document mask",
+    "_pairs_kernel": "nothing chooses it yet: benchmarks/tune_gemm.py measures it",
     "_product_kernel": "products of few rows, and GPUs that are no Hopper",
     "_sum_kernel": "products of few rows, whose sums several programs share",
     "_permute_kernel": "dispatch in BF16, and the gradient of combining",
