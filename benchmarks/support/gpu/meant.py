@@ -47,6 +47,7 @@ SERVED: Mapping[str, Sequence[str]] = {
 # What neither has, and why.
 SELDOM: Mapping[str, str] = {
     "reach_kernel": "rows of several documents with pretrain's document mask",
+    "_pairs_kernel": "nothing chooses it yet: benchmarks/tune_gemm.py measures it",
     "_product_kernel": "products of few rows, and GPUs that are no Hopper",
     "_sum_kernel": "products of few rows, whose sums several programs share",
     "grouped_rows_kernel": "experts of a training step in BF16, forward and their rows' gradients",

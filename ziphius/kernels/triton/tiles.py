@@ -50,7 +50,7 @@ def locate(
         end_group = tl.load(table + expert * 2 + 1)
     band = tile // (BAND * column_tiles)
     inside = tile % (BAND * column_tiles)
-    height = tl.minimum(row_tiles - band * BAND, BAND)
+    height = tl.maximum(tl.minimum(row_tiles - band * BAND, BAND), 1)
     row_tile = band * BAND + inside % height
     column = inside // height * BLOCK_N
     row = row_tile * BLOCK_M
