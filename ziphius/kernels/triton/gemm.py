@@ -17,8 +17,9 @@ from ziphius.kernels.triton.tiles import DENSE
 CANDIDATES = (
     Config("hopper", 128, 128, stages=6),
     Config("hopper", 192, 128, stages=4),
-    Config("pairs", 128, 128, stages=6),
-    Config("pairs", 128, 192, stages=4),
+    Config("hopper", 192, 128, stages=4, direct=True),
+    Config("pairs", 128, 128, stages=6, at_once=4),
+    Config("pairs", 128, 192, stages=4, at_once=2),
     Config("plain", 128, 128, stages=4, warps=8),
     Config("plain", 128, 128, stages=4, warps=8, copies=False),
     Config("plain", 64, 128, stages=3),
@@ -32,7 +33,7 @@ CANDIDATES = (
 # What a benchmark sweeps for gradients of weights, where both operands' scales are of rows.
 TILES_CANDIDATES = (
     Config("hopper", 128, 128, stages=4),
-    Config("pairs", 128, 128, stages=6),
+    Config("pairs", 128, 128, stages=6, at_once=4),
     Config("plain", 64, 128, stages=4),
 )
 # Tiles of how many rows the Hopper kernel has, and what 128 of K cost: cycles, as measured.

@@ -24,8 +24,8 @@ from ziphius.kernels.triton.tiles import ALONG_K, ROWS, groups_of_segments, tile
 CANDIDATES = (
     Config("hopper", 128, 128, stages=6),
     Config("hopper", 192, 128, stages=4),
-    Config("pairs", 128, 128, stages=6),
-    Config("pairs", 128, 192, stages=4),
+    Config("pairs", 128, 128, stages=6, at_once=4),
+    Config("pairs", 128, 192, stages=4, at_once=2),
     Config("plain", 128, 128, stages=4, warps=8),
     Config("plain", 64, 128, stages=4),
 )
