@@ -11,7 +11,7 @@ from tests.kernels.triton.conftest import ON_GPU
 from tests.kernels.triton.products import close, exact, on
 from ziphius.kernels.gemm import gemm_reference
 from ziphius.kernels.quantize import Fp8, quantize_blocks, quantize_tiles
-from ziphius.kernels.triton.gemm import CANDIDATES, best_height, config, gemm_triton
+from ziphius.kernels.triton.gemm import CANDIDATES, best_large, config, gemm_triton
 from ziphius.kernels.triton.product import Config
 
 QUANTIZERS = {"blocks": quantize_blocks, "tiles": quantize_tiles}
@@ -99,4 +99,4 @@ def test_choice_is_by_shape() -> None:
     assert config(256, 2112, 7168).engine == "plain"
     assert config(256, 7168, 2048).engine == "hopper"
     # 11 columns of tiles of 192 rows: 132 programs take two rounds, those of 128 rows take three.
-    assert best_height(24 * 192, 11 * 128) == 192
+    assert best_large(24 * 192, 11 * 128).block_m == 192

@@ -17,8 +17,9 @@ from ziphius.kernels.triton.tiles import DENSE
 CANDIDATES = (
     Config("hopper", 128, 128, stages=6),
     Config("hopper", 192, 128, stages=4),
-    Config("pairs", 128, 128, stages=6),
-    Config("pairs", 128, 192, stages=4),
+    Config("hopper", 192, 128, stages=4, direct=True),
+    Config("pairs", 128, 128, stages=6, at_once=4),
+    Config("pairs", 128, 192, stages=4, at_once=2),
     Config("plain", 128, 128, stages=4, warps=8),
     Config("plain", 128, 128, stages=4, warps=8, copies=False),
     Config("plain", 64, 128, stages=3),
@@ -32,11 +33,14 @@ CANDIDATES = (
 # What a benchmark sweeps for gradients of weights, where both operands' scales are of rows.
 TILES_CANDIDATES = (
     Config("hopper", 128, 128, stages=4),
-    Config("pairs", 128, 128, stages=6),
+    Config("pairs", 128, 128, stages=6, at_once=4),
     Config("plain", 64, 128, stages=4),
 )
-# Tiles of how many rows the Hopper kernel has, and what 128 of K cost: cycles, as measured.
-_HEIGHTS = ((128, 790), (192, 1050))
+# What large products choose among, and what 128 of K of a tile cost: cycles, as measured.
+LARGE = (
+    (Config("hopper", 128, 128, stages=6), 790),
+    (Config("hopper", 192, 128, stages=4), 1050),
+)
 _MULTIPROCESSORS = 132
 # Up to so many, a product waits for memory, and more programs must ask for it at one time: about
 # two a multiprocessor, each with so many groups of K that adding up their sums costs little.
@@ -64,7 +68,7 @@ def config(M: int, N: int, K: int) -> Config:
     """Pick how a product on Hopper is cut, by its shape alone."""
     large_tiles = triton.cdiv(M, 128) * triton.cdiv(N, 128)
     if M > 2 * _FEW_ROWS or (M > _FEW_ROWS and 3 * large_tiles > _MULTIPROCESSORS):
-        return hopper_config(best_height(M, N))
+        return best_large(M, N)
     rows = triton.cdiv(M, 64)
     tiles, narrow = rows * triton.cdiv(N, 128), rows * triton.cdiv(N, 64)
     if tiles >= _MULTIPROCESSORS:
@@ -83,27 +87,22 @@ def _splits(tiles: int, K: int) -> int:
     return max(allowed, default=1)
 
 
-def hopper_config(height: int) -> Config:
-    """Return the Hopper kernel's way with tiles of so many rows, with what memory allows ahead."""
-    return Config("hopper", height, 128, stages=6 if height == 128 else 4)
+def best_large(M: int, N: int, matrices: int = 1) -> Config:
+    """Return the way that is done first, by count: tiles go round by round, one a program."""
 
-
-def best_height(M: int, N: int, matrices: int = 1) -> int:
-    """Return the height of tiles with which the Hopper kernel is done first, by count."""
-
-    def cost(height: tuple[int, int]) -> int:
-        rows, cycles = height
-        tiles = triton.cdiv(M, rows) * triton.cdiv(N, 128) * matrices
+    def cost(way: tuple[Config, int]) -> int:
+        chosen, cycles = way
+        tiles = triton.cdiv(M, chosen.block_m) * triton.cdiv(N, chosen.block_n) * matrices
         return triton.cdiv(tiles, _MULTIPROCESSORS) * cycles
 
-    return min(_HEIGHTS, key=cost)[0]
+    return min(LARGE, key=cost)[0]
 
 
 def choose(shape: Shape, b_rows: int) -> Config:
     """Pick by shape and by how the scales of ``b`` lie."""
     chosen = config(shape.M, shape.N, shape.K)
-    if b_rows == 1 and chosen.engine == "hopper":
-        # Scales of columns need registers that taller tiles have not.
+    if b_rows == 1 and chosen.engine != "plain":
+        # Scales of columns need registers that larger tiles have not.
         return TILES_CANDIDATES[0]
     return chosen
 

@@ -14,8 +14,7 @@ from ziphius.kernels.quantize import Fp8
 from ziphius.kernels.triton.gemm import (
     TILES_CANDIDATES,
     available,
-    best_height,
-    hopper_config,
+    best_large,
     run,
 )
 from ziphius.kernels.triton.product import Config, Shape
@@ -24,8 +23,8 @@ from ziphius.kernels.triton.tiles import ALONG_K, ROWS, groups_of_segments, tile
 CANDIDATES = (
     Config("hopper", 128, 128, stages=6),
     Config("hopper", 192, 128, stages=4),
-    Config("pairs", 128, 128, stages=6),
-    Config("pairs", 128, 192, stages=4),
+    Config("pairs", 128, 128, stages=6, at_once=4),
+    Config("pairs", 128, 192, stages=4, at_once=2),
     Config("plain", 128, 128, stages=4, warps=8),
     Config("plain", 64, 128, stages=4),
 )
@@ -82,7 +81,7 @@ def rows_config(M: int, N: int, experts: int) -> Config:
     each = triton.cdiv(M, max(experts, 1))
     if each <= _FEW_ROWS:
         return Config("plain", 64, 128, stages=4)
-    return hopper_config(best_height(each, N, experts))
+    return best_large(each, N, experts)
 
 
 def _by_rows(

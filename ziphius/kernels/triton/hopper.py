@@ -89,13 +89,12 @@ def _store(out, sums, row, end, column, N, out_shift):
 @gluon.jit
 def _consume(
     SIDE: gl.constexpr, a_ring, b_ring, full, empty, out, a_scales, b_scales, table, tiles,
-    row_tiles, M, N, G, a_stride, b_stride,
+    row_tiles, M, N, G, a_row, a_stride, b_stride,
     FORM: gl.constexpr, B_ROWS: gl.constexpr, BLOCK_M: gl.constexpr, BAND: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    # 64-bit, so that the rows of a thread are one address and constants.
-    lines = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA)).to(gl.int64)
+    lines = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
     nothing = gl.zeros((64, 128), gl.float32, layout=MMA)
     slot = 0
     turn = 0
@@ -104,7 +103,9 @@ def _consume(
             tile, table, row_tiles, M, N, G, FORM, BLOCK_M, 128, BAND
         )
         row += SIDE * 64
-        a_scale_at = a_scales + (row + lines) + first * a_stride.to(gl.int64)
+        # Rows outside take scales from inside: their sums are not stored. So do empty segments.
+        inside = gl.minimum(row + lines, M - 1).to(gl.int64)
+        a_scale_at = a_scales + inside * a_row + gl.minimum(first, G - 1).to(gl.int64) * a_stride
         if B_ROWS == 1:
             columns = gl.arange(0, 128, layout=gl.SliceLayout(0, MMA)).to(gl.int64)
             b_scale_at = b_scales + (column + columns) + first * b_stride.to(gl.int64)
@@ -151,7 +152,7 @@ def _consume(
 
 @gluon.jit
 def _hopper_kernel(
-    a, b, out, a_scales, b_scales, table, total, M, N, G, a_stride, b_stride, experts,
+    a, b, out, a_scales, b_scales, table, total, M, N, G, a_row, a_stride, b_stride, experts,
     FORM: gl.constexpr, B_ROWS: gl.constexpr, BLOCK_M: gl.constexpr, BAND: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -173,12 +174,12 @@ def _hopper_kernel(
             [
                 (_consume, (
                     0, a_ring, b_ring, full, empty, out, a_scales, b_scales, table, tiles,
-                    row_tiles, M, N, G, a_stride, b_stride,
+                    row_tiles, M, N, G, a_row, a_stride, b_stride,
                     FORM, B_ROWS, BLOCK_M, BAND, CONSUMERS, STAGES,
                 )),
                 (_consume, (
                     1, a_ring, b_ring, full, empty, out, a_scales, b_scales, table, tiles,
-                    row_tiles, M, N, G, a_stride, b_stride,
+                    row_tiles, M, N, G, a_row, a_stride, b_stride,
                     FORM, B_ROWS, BLOCK_M, BAND, CONSUMERS, STAGES,
                 )),
                 (_produce, (
@@ -194,17 +195,17 @@ def _hopper_kernel(
             [
                 (_consume, (
                     0, a_ring, b_ring, full, empty, out, a_scales, b_scales, table, tiles,
-                    row_tiles, M, N, G, a_stride, b_stride,
+                    row_tiles, M, N, G, a_row, a_stride, b_stride,
                     FORM, B_ROWS, BLOCK_M, BAND, CONSUMERS, STAGES,
                 )),
                 (_consume, (
                     1, a_ring, b_ring, full, empty, out, a_scales, b_scales, table, tiles,
-                    row_tiles, M, N, G, a_stride, b_stride,
+                    row_tiles, M, N, G, a_row, a_stride, b_stride,
                     FORM, B_ROWS, BLOCK_M, BAND, CONSUMERS, STAGES,
                 )),
                 (_consume, (
                     2, a_ring, b_ring, full, empty, out, a_scales, b_scales, table, tiles,
-                    row_tiles, M, N, G, a_stride, b_stride,
+                    row_tiles, M, N, G, a_row, a_stride, b_stride,
                     FORM, B_ROWS, BLOCK_M, BAND, CONSUMERS, STAGES,
                 )),
                 (_produce, (
@@ -223,7 +224,7 @@ def launch(
 ) -> None:  # fmt: skip
     """Run the kernel; as ``product.launch``, for operands that are ``product.copyable``."""
     M, N, K, G, experts = shape
-    a_scales = _turned(a.scales)
+    a_scales = a.scales.view(-1, G).T if config.direct else _turned(a.scales)
     b_scales = _turned(b.scales) if b.rows == 1 else b.scales
     b_stride = b_scales.stride(0) if b.rows == 1 else 1
     each = experts if form == ALONG_K.value else 1
@@ -234,7 +235,8 @@ def launch(
     _hopper_kernel[(min(tiles, programs),)](
         TensorDescriptor.from_tensor(a.codes.view(-1, K), [64, TILE], layout),
         TensorDescriptor.from_tensor(b.codes.view(-1, K), [128, TILE], layout),
-        out, a_scales, b_scales, table, total, M, N, G, a_scales.stride(0), b_stride, experts,
+        out, a_scales, b_scales, table, total, M, N, G,
+        a_scales.stride(1), a_scales.stride(0), b_stride, experts,
         form, b.rows, config.block_m, config.band, consumers, config.stages,
         num_warps=4,
     )  # fmt: skip

@@ -286,7 +286,7 @@ def launch(
         TensorDescriptor.from_tensor(a_codes, [64, TILE], layout),
         TensorDescriptor.from_tensor(b_codes, [128, TILE], layout),
         halves, b_scale_rows, out, a.scales, b.scales, table, total, M, N, G, experts,
-        form, b.rows, wide, config.band, config.stages, 2 if wide else 4,
+        form, b.rows, wide, config.band, config.stages, config.at_once,
         num_warps=4,
     )  # fmt: skip
 

@@ -26,10 +26,13 @@ _SUM_BLOCK = 1024
 
 
 class Config(NamedTuple):
-    """How a product is cut: ``engine`` is "hopper" or "plain".
+    """How a product is cut: ``engine`` is "hopper", "pairs" or "plain".
 
     ``splits`` programs share the sum of one tile; with ``copies`` the copy engine (TMA) loads the
-    operands. Both are ``plain``'s; ``hopper`` always copies, with its own number of warps.
+    operands. Both are ``plain``'s; the others always copy, with their own number of warps.
+    ``at_once`` groups of K are in a round of ``pairs``' loop: with more than 4 (2 with 192 columns)
+    registers do not suffice. With ``direct``, ``hopper`` reads
+    scales of rows where quantisers leave them; without it from a copy, turned, made first.
     """
 
     engine: str
@@ -40,6 +43,8 @@ class Config(NamedTuple):
     splits: int = 1
     copies: bool = True
     band: int = 8
+    at_once: int = 1
+    direct: bool = False
 
 
 class Shape(NamedTuple):
