@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -20,9 +21,15 @@ def initialise(model: Transformer, seed: int) -> None:
     same numbers.
     """
     std = model.config.init_std
-    with torch.no_grad():
-        for name, tensor in named_weights(model):
-            tensor.copy_(_rule(name)(name, tensor, std, seed))
+
+    @torch.no_grad()
+    def set_one(named: tuple[str, Tensor]) -> None:
+        name, tensor = named
+        tensor.copy_(_rule(name)(name, tensor, std, seed))
+
+    # One draw is one thread's work, whatever torch has.
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(set_one, named_weights(model)))
 
 
 def _rule(name: str) -> Callable[[str, Tensor, float, int], Tensor]:

@@ -9,7 +9,7 @@ STEP: Mapping[str, Sequence[str]] = {
     "attention": ("forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"),
     "quantisers": ("_tiles_kernel", "_blocks_kernel", "_turn_kernel", "_both_kernel"),
     # Dense and grouped products are one kernel; segments need a table each, along K another.
-    "products": ("_hopper_kernel", "_rows_kernel", "_groups_kernel"),
+    "products": ("_pairs_kernel", "_rows_kernel", "_groups_kernel"),
     "router": ("route_kernel", "route_backward_kernel"),
     "sort": ("_count_kernel", "_scan_kernel", "_place_kernel"),
     "dispatch": ("_permute_tiles_kernel",),
@@ -47,7 +47,7 @@ SERVED: Mapping[str, Sequence[str]] = {
 # What neither has, and why.
 SELDOM: Mapping[str, str] = {
     "reach_kernel": "rows of several documents with pretrain's document mask",
-    "_pairs_kernel": "nothing chooses it yet: benchmarks/tune_gemm.py measures it",
+    "_hopper_kernel": "products whose tiles of 192 rows go round without a rest",
     "_product_kernel": "products of few rows, and GPUs that are no Hopper",
     "_sum_kernel": "products of few rows, whose sums several programs share",
     "grouped_rows_kernel": "experts of a training step in BF16, forward and their rows' gradients",

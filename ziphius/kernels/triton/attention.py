@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -68,7 +69,14 @@ def causal_attention_triton(
     which pays where the documents of a row stand one after the other. Every head's columns lie
     side by side (else a copy is made); results have the memory ``[B, T, H, v]``.
     """
-    return _Attention.apply(q_BHTd, k_BHTd, v_BHTv, scale, documents_BT, kept, tiles)
+    D, V = q_BHTd.shape[-1], v_BHTv.shape[-1]
+    whole, padded = sum(parts(D)), _power(V)
+    if (whole, padded) != (D, V):
+        # Odd widths of small models: columns of zeros change nothing, and kernels mask no columns.
+        q_BHTd, k_BHTd = (F.pad(x, (0, whole - D)) for x in (q_BHTd, k_BHTd))
+        v_BHTv = F.pad(v_BHTv, (0, padded - V))
+    out_BHTv = _Attention.apply(q_BHTd, k_BHTd, v_BHTv, scale, documents_BT, kept, tiles)
+    return out_BHTv[..., :V]
 
 
 @triton.jit
