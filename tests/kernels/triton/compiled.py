@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 HOPPER = GPUTarget("cuda", 90, 32)
+SHARED = 227 * 1024  # bytes that a block may have there
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -189,6 +190,7 @@ def main(names: list[str]) -> None:
             CALLS[name]()
         for report in reports:
             print(report)
+            assert report.shared <= SHARED, "more shared memory than there is"
 
 
 if __name__ == "__main__":

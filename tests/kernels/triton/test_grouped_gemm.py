@@ -24,6 +24,7 @@ from ziphius.kernels.triton.grouped_gemm import (
     grouped_gemm_along_k_triton,
     grouped_gemm_triton,
     masked_gemm_triton,
+    rows_config,
 )
 from ziphius.kernels.triton.product import Config
 from ziphius.kernels.triton.tiles import groups_of_segments, tiles_of_rows
@@ -142,3 +143,8 @@ def test_table_of_groups(device: torch.device) -> None:
     table = groups_of_segments(torch.tensor(counts, device=device))
     assert table.tolist() == [[0, 0], [0, 1], [1, 2], [2, 4], [4, 4]]
     assert turned_width(sum(counts), len(counts)) >= 4 * 128
+
+
+def test_choice_is_by_shape() -> None:
+    assert rows_config(32768, 4096, 4).engine == "hopper"
+    assert rows_config(256, 4096, 8).engine == "plain"

@@ -22,6 +22,7 @@ from ziphius.kernels.triton.attention_backward import delta_kernel, dkdv_kernel,
 from ziphius.kernels.triton.attention_blocks import load_rows, masked_scores, reach_kernel, scores
 
 LOG2E = 1.4426950408889634
+PUBLISHED_WIDTH = 192 + 128  # of a key and a value: what larger blocks have room for
 
 
 class Launch(NamedTuple):
@@ -189,7 +190,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         q_BHTd, k_BHTd, v_BHTv = (_rows(x) for x in (q_BHTd, k_BHTd, v_BHTv))
         B, H, T, _ = q_BHTd.shape
-        tiles = tiles or choose_tiles(q_BHTd.dtype)
+        tiles = tiles or choose_tiles(q_BHTd.dtype, q_BHTd.shape[-1] + v_BHTv.shape[-1])
         if documents_BT is not None:
             documents_BT = documents_BT.to(torch.int32).contiguous()
         out_BHTv = _like(v_BHTv)
@@ -244,9 +245,11 @@ class _Attention(torch.autograd.Function):
         return dq_BHTd, dk_BHTd, dv_BHTv, None, None, None, None
 
 
-def choose_tiles(dtype: torch.dtype) -> Tiles:
-    """Return how kernels are launched for tensors of ``dtype``."""
-    return SINGLE_TILES if dtype == torch.float32 else HALF_TILES[0]
+def choose_tiles(dtype: torch.dtype, width: int) -> Tiles:
+    """Return how kernels are launched; ``width`` is that of a key and a value together."""
+    if dtype == torch.float32:
+        return SINGLE_TILES
+    return HALF_TILES[0] if width <= PUBLISHED_WIDTH else HALF_TILES[-1]
 
 
 def parts(d: int) -> tuple[int, int]:

@@ -31,9 +31,8 @@ def scale_of(amax: tl.tensor, POWER_OF_TWO: tl.constexpr) -> tl.tensor:
     scale = tl.div_rn(tl.where(amax < 1e-4, 1e-4, amax), 448.0)
     if POWER_OF_TWO:
         bits = scale.to(tl.int32, bitcast=True)
-        raised = (bits + 0x7FFFFF) & 0x7F800000
-        bits = tl.where(bits < 0x7F800000, raised, bits)
-        scale = bits.to(tl.float32, bitcast=True)
+        raised = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+        scale = tl.where(scale < float("inf"), raised, scale)
     return scale
 
 
@@ -77,14 +76,17 @@ def encode(
     middle of two FP32 numbers. Beside a tie of codes that needs a scale whose mantissa is within
     2^-20 of a multiple of 1/16; the tests try all of these, and none is missed.
     """
-    if INTERPRETED:
+    # Infinity times a reciprocal of zero would turn the finite numbers of its group into NaN.
+    divisor = tl.where(scale == float("inf"), 0.0, scale)
+    if POWER_OF_TWO:
+        # The reciprocal of 2^n has the exponent's bits counted from the other end.
+        bits = scale.to(tl.int32, bitcast=True)
+        turned = (0x7F000000 - bits).to(tl.float32, bitcast=True)
+        quotient = x * tl.where(scale < float("inf"), turned, divisor)
+    elif INTERPRETED:
         quotient = tl.div_rn(x, scale + tl.zeros_like(x))
-    elif POWER_OF_TWO:
-        quotient = x * tl.div_rn(1.0, scale)
     else:
         reciprocal = tl.div_rn(1.0, scale)
-        # Infinity times the reciprocal's zero would turn the finite numbers of its group into NaN.
-        divisor = tl.where(scale == float("inf"), 0.0, scale)
         # Multiplied by -1, since Triton's minus is a subtraction from zero. The signs of the terms
         # are those that keep a negative zero negative.
         back, negative = reciprocal * -1.0, x * -1.0

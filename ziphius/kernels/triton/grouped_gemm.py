@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ziphius.kernels.quantize import Fp8
-from ziphius.kernels.triton.gemm import available, best_height, run
+from ziphius.kernels.triton.gemm import available, best_height, hopper_config, run
 from ziphius.kernels.triton.product import Config, Shape
 from ziphius.kernels.triton.tiles import ALONG_K, ROWS, groups_of_segments, tiles_of_rows
 
@@ -81,7 +81,7 @@ def rows_config(M: int, N: int, experts: int) -> Config:
     each = triton.cdiv(M, max(experts, 1))
     if each <= _FEW_ROWS:
         return Config("plain", 64, 128, stages=4)
-    return Config("hopper", best_height(each, N, experts), 128, stages=4)
+    return hopper_config(best_height(each, N, experts))
 
 
 def _by_rows(

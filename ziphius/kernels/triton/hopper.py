@@ -37,6 +37,9 @@ from ziphius.kernels.quantize import TILE, Fp8
 from ziphius.kernels.triton.product import Config, Shape
 from ziphius.kernels.triton.tiles import ALONG_K, ROWS, locate
 
+# Triton 3.6 and later ones call them differently.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 # Columns behind the scales of the last row: no tile is taller.
 _ROOM = 256
 
@@ -62,8 +65,8 @@ def _produce(
             mbarrier.expect(ready, (BLOCK_M + 128) * 128)
             for i in gl.static_range(PIECES):
                 piece = a_ring.index(slot * PIECES + i)
-                tma.async_copy_global_to_shared(a, [row + i * 64, group * 128], ready, piece)
-            tma.async_copy_global_to_shared(b, [b_row, group * 128], ready, b_ring.index(slot))
+                _load(a, [row + i * 64, group * 128], ready, piece)
+            _load(b, [b_row, group * 128], ready, b_ring.index(slot))
             slot += 1
             if slot == STAGES:
                 slot = 0
@@ -166,7 +169,7 @@ def _consume(
 
 
 @gluon.jit
-def _product_kernel(
+def _hopper_kernel(
     a, b, out, a_scales, b_scales, table, total, M, N, G, a_stride, b_stride, experts,
     FORM: gl.constexpr, B_ROWS: gl.constexpr, BLOCK_M: gl.constexpr, BAND: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
@@ -178,7 +181,7 @@ def _product_kernel(
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=CONSUMERS)
-    gl.thread_barrier()
+    _barrier()
     row_tiles = gl.load(total) if FORM == ROWS else gl.cdiv(M, BLOCK_M)
     tiles = row_tiles * gl.cdiv(N, 128)
     if FORM == ALONG_K:
@@ -247,7 +250,7 @@ def launch(
     programs = torch.cuda.get_device_properties(out.device).multi_processor_count
     consumers = 3 if config.block_m == 3 * 64 else 2
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    _product_kernel[(min(tiles, programs),)](
+    _hopper_kernel[(min(tiles, programs),)](
         TensorDescriptor.from_tensor(a.codes.view(-1, K), [64, TILE], layout),
         TensorDescriptor.from_tensor(b.codes.view(-1, K), [128, TILE], layout),
         out, a_scales, b_scales, table, total, M, N, G, a_scales.stride(0), b_stride, experts,

@@ -44,12 +44,12 @@ class Launches(NamedTuple):
     many: Launch
 
 
-# The first is the choice, the others are what a benchmark may try instead.
+# Of those whose blocks a page has whole, the first is the choice; a benchmark may try the others.
 HALF_LAUNCHES = (
-    Launches(Launch(64, 8, 3, 264, False), Launch(64, 8, 2, 132, False)),
-    Launches(Launch(32, 4, 5, 264, True), Launch(32, 8, 3, 132, False)),
-    Launches(Launch(64, 4, 2, 132, True), Launch(32, 8, 4, 132, False)),
-    Launches(Launch(32, 4, 5, 528, True), Launch(64, 8, 2, 264, False)),
+    Launches(Launch(32, 4, 5, 264, True), Launch(64, 8, 2, 132, False)),
+    Launches(Launch(32, 4, 5, 264, False), Launch(32, 8, 3, 132, False)),
+    Launches(Launch(32, 4, 6, 264, True), Launch(32, 8, 4, 132, False)),
+    Launches(Launch(64, 8, 3, 264, False), Launch(64, 8, 2, 264, False)),
 )
 SINGLE_LAUNCHES = Launches(Launch(16, 4, 1, 264, True), Launch(16, 8, 1, 132, False))
 
@@ -114,7 +114,7 @@ class TritonLatent:
         if not out_NHC.numel():
             return out_NHC
         queries, heads = tile_of(N, H, len(cache.tables))
-        launch = self._launch(q_NHc.dtype, queries * heads)
+        launch = self._launch(q_NHc.dtype, queries * heads, cache.pages.shape[1])
         blocks, page = triton.cdiv(H, heads), cache.pages.shape[1]
         bound = cache.tables.shape[1] * page
         splits = split_count(triton.cdiv(N, queries) * blocks, bound, launch.programs)
@@ -150,10 +150,17 @@ class TritonLatent:
         torch.bmm(z_NHC.transpose(0, 1), up_HCv, out=out_NHv.transpose(0, 1))
         return out_NHv
 
-    def _launch(self, dtype: torch.dtype, rows: int) -> Launch:
-        default = SINGLE_LAUNCHES if dtype == torch.float32 else HALF_LAUNCHES[0]
-        launches = self.launches or default
+    def _launch(self, dtype: torch.dtype, rows: int, page: int) -> Launch:
+        launches = self.launches or choose_launches(dtype, page)
         return launches.few if rows <= TILE_ROWS // 2 else launches.many
+
+
+def choose_launches(dtype: torch.dtype, page: int) -> Launches:
+    """Return how ``attend`` is launched for pages of ``page`` rows."""
+    if dtype == torch.float32:
+        return SINGLE_LAUNCHES
+    whole = (ours for ours in HALF_LAUNCHES if all(page % launch.met == 0 for launch in ours))
+    return next(whole, HALF_LAUNCHES[-1])
 
 
 def tile_of(N: int, H: int, sequences: int) -> tuple[int, int]:

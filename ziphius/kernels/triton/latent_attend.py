@@ -24,7 +24,7 @@ def attend_kernel(
     blocks = tl.cdiv(H, HEADS)
     token = tl.program_id(0) // blocks
     sequence = tl.load(sequence_ptr + token)
-    if QUERIES > 1 and _rank(sequence_ptr, token, sequence) % QUERIES != 0:
+    if _rank(sequence_ptr, token, sequence, QUERIES) % QUERIES != 0:
         return
     rows = tl.arange(0, QUERIES * HEADS)
     tokens = token + rows // HEADS
@@ -115,10 +115,10 @@ def merge_kernel(part_ptr, lse_ptr, out_ptr, rows, parts, C: tl.constexpr, CP: t
 
 
 @triton.jit
-def _rank(sequence_ptr, token, sequence):
-    """Count the tokens of its sequence that stand before a token."""
+def _rank(sequence_ptr, token, sequence, QUERIES: tl.constexpr):
+    """Count the tokens of its sequence that stand before a token; none are looked for if alone."""
     rank = tl.cast(0, tl.int32)
-    found = tl.cast(128, tl.int32)
+    found = tl.cast(128 if QUERIES > 1 else 0, tl.int32)
     while found == 128:
         before = tl.arange(0, 128)
         at = token - rank - 1 - before

@@ -72,7 +72,7 @@ def permute_tiles_triton(q: Fp8, order_M: Tensor, K: int) -> Fp8:
     out = empty_tiles(torch.Size((rows, columns)), q.codes.device)
     block, lines = _blocks(columns, 1)
     if out.codes.numel():
-        _permute_tiles_kernel[(triton.cdiv(columns, block), triton.cdiv(rows, lines))](
+        _permute_tiles_kernel[(triton.cdiv(columns, block) * triton.cdiv(rows, lines),)](
             codes_of(q),
             q.scales,
             order_M,
@@ -127,7 +127,7 @@ def _launch(
     tokens, columns = shape
     block, lines = _blocks(columns, source.element_size())
     if out.numel():
-        kernel[(triton.cdiv(columns, block), triton.cdiv(tokens, lines))](
+        kernel[(triton.cdiv(columns, block) * triton.cdiv(tokens, lines),)](
             source, inverse_M, out, tokens, columns, K=K, LINES=lines, BLOCK=block, num_warps=4
         )
 
@@ -143,8 +143,9 @@ def _permute_kernel(
     LINES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    token = (tl.program_id(1) * LINES + tl.arange(0, LINES)).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    blocks = tl.cdiv(columns, BLOCK)
+    token = (tl.program_id(0) // blocks * LINES + tl.arange(0, LINES)).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
     valid = token < tokens
     mask = valid[:, None] & (column < columns)
     row = tl.load(u + (token * columns)[:, None] + column, mask=mask)
@@ -164,8 +165,9 @@ def _unpermute_kernel(
     LINES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    token = (tl.program_id(1) * LINES + tl.arange(0, LINES)).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    blocks = tl.cdiv(columns, BLOCK)
+    token = (tl.program_id(0) // blocks * LINES + tl.arange(0, LINES)).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
     valid = token < tokens
     mask = valid[:, None] & (column < columns)
     place = tl.load(inverse + token * K, mask=valid, other=0)
@@ -198,13 +200,15 @@ def _permute_tiles_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    row = (tl.program_id(1) * LINES + tl.arange(0, LINES)).to(tl.int64)
+    blocks = tl.cdiv(columns, BLOCK)
+    block = tl.program_id(0) % blocks
+    row = (tl.program_id(0) // blocks * LINES + tl.arange(0, LINES)).to(tl.int64)
     valid = row < rows
     token = tl.load(order + row, mask=valid, other=0) // K
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    column = block * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = valid[:, None] & (column < columns)
     code = tl.load(codes + (token * columns)[:, None] + column, mask=mask)
-    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)[None, :]
+    tile = block * TILES + tl.arange(0, TILES)[None, :]
     mask_tiles = valid[:, None] & (tile < tiles)
     scale = tl.load(scales + (token * tiles)[:, None] + tile, mask=mask_tiles)
     tl.store(out_codes + (row * columns)[:, None] + column, code, mask=mask)

@@ -26,6 +26,8 @@ from ziphius.kernels.triton.groups import (
     rows_of,
     store_groups,
     store_turned,
+    words,
+    words_of,
 )
 
 
@@ -100,7 +102,7 @@ class TritonQuantize:
                 x_MC,
                 scales,
                 counts_E,
-                codes_of(out),
+                words_of(out),
                 out.scales,
                 x_MC.stride(0),
                 rows,
@@ -129,7 +131,7 @@ class TritonQuantize:
                 counts_E,
                 codes_of(tiles),
                 tiles.scales,
-                codes_of(turned),
+                words_of(turned),
                 turned.scales,
                 x_MC.stride(0),
                 rows,
@@ -152,12 +154,13 @@ class TritonQuantize:
         grid = tile_count(columns), tile_count(rows), prod(stack)
         q = empty_fp8((*stack, rows, columns), (*stack, grid[1], grid[0]), TILE, weight.device)
         t = empty_fp8((*stack, columns, rows), (*stack, grid[0], grid[1]), TILE, weight.device)
+        whole = rows % 4 == 0
         if weight.numel():
             _blocks_kernel[grid](
                 weight,
                 codes_of(q),
                 q.scales,
-                codes_of(t),
+                words_of(t) if whole else None,
                 t.scales,
                 rows,
                 columns,
@@ -165,6 +168,8 @@ class TritonQuantize:
                 INTERPRETED=interpreted(),
                 num_warps=self.launch.block_warps,
             )
+        if not whole:  # no weight of the published models
+            codes_of(t).copy_(codes_of(q).mT)
         return q, t
 
 
@@ -289,8 +294,12 @@ def _blocks_kernel(
     scale = scale_of_magnitude(tl.max(tl.max(magnitude(number), 1), 0), POWER_OF_TWO)
     code = encode(number, scale, POWER_OF_TWO, INTERPRETED)
     tl.store(codes + begin + row * columns + column, code, mask=mask)
-    at_turned = begin + tl.trans(column).to(tl.int64) * rows + tl.trans(row)
-    tl.store(turned_codes + at_turned, tl.trans(code), mask=tl.trans(mask))
+    if turned_codes is not None:  # in words of four: see store_turned
+        word = down * 32 + tl.arange(0, 32)[None, :]
+        channel = (across * 128 + tl.arange(0, 128)[:, None]).to(tl.int64)
+        at_turned = turned_codes + (begin + channel * rows) // 4 + word
+        inside = (word * 4 < rows) & (channel < columns)
+        tl.store(at_turned, tl.trans(words(code)), mask=inside)
     high, wide = tl.cdiv(rows, 128), tl.cdiv(columns, 128)
     blocks = matrix * high * wide
     tl.store(scales + blocks + down * wide + across, scale)

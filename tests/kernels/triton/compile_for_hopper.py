@@ -1,0 +1,95 @@
+"""Compile the products' kernels for Hopper without a GPU, as their callers launch them.
+
+The interpreter runs no Gluon, and cannot say what fits in registers. Prints a JSON list: of every
+kernel its name, grid, shared memory, stack, and whether it multiplies FP8 in the tensor cores.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from ziphius.kernels.quantize import Fp8
+from ziphius.kernels.triton import gemm, grouped_gemm, product
+from ziphius.kernels.triton.product import Config
+
+compiled: list[dict[str, Any]] = []
+
+
+class NoDriver:
+    """Says what machine is meant; nothing can be launched."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compile_only(kernel: Any, grid: tuple[int, ...]) -> Any:
+    def launch(*args: Any, **options: Any) -> None:
+        binary = kernel.warmup(*args, grid=grid, **options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary.asm["cubin"])
+            file.flush()
+            tool = triton.knobs.nvidia.cuobjdump.path
+            used = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
+        stack = re.search(r"STACK:(\d+)", used)
+        compiled.append(
+            {
+                "name": kernel.fn.__name__,
+                "grid": grid,
+                "shared": binary.metadata.shared,
+                "stack": int(stack[1]) if stack else None,
+                "fp8": "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3" in binary.asm["ptx"],
+            }
+        )
+
+    return launch
+
+
+def operand(*shape: int, rows: int = 1) -> Fp8:
+    *stack, R, C = shape
+    codes = torch.zeros(shape, dtype=torch.float8_e4m3fn)
+    return Fp8(codes, torch.ones(*stack, -(-R // rows), -(-C // 128)), rows)
+
+
+def main() -> None:
+    driver.set_active(NoDriver())
+    for jit in (JITFunction, GluonJITFunction):
+        jit.__getitem__ = compile_only
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+    for module in (gemm, grouped_gemm):
+        module.available = lambda chosen, a, b: chosen
+    a, b = operand(1024, 1536), operand(2112, 1536, rows=128)
+    tall, small = Config("hopper", 192, 128, stages=4), Config("plain", 64, 128, stages=4)
+    for chosen in (tall, small):
+        assert product.copyable(a, b)
+        gemm.gemm_triton(a, b, torch.bfloat16, config=chosen)
+    counts = torch.tensor([600, 0, 424])
+    experts = operand(3, 256, 1536, rows=128)
+    grouped_gemm.grouped_gemm_triton(a, experts, counts, torch.bfloat16, config=tall)
+    turned = operand(512, 1536), operand(256, 1536)
+    grouped_gemm.grouped_gemm_along_k_triton(*turned, counts, torch.float32)
+    print(json.dumps(compiled))
+
+
+if __name__ == "__main__":
+    main()

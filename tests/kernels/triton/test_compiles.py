@@ -1,0 +1,27 @@
+"""What cannot be interpreted compiles for Hopper, within its memory and without spilling."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+# Bytes of shared memory that a program may have.
+SHARED = 232448
+
+
+def test_products_compile_for_hopper() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.triton.compile_for_hopper"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    kernels = json.loads(result.stdout.splitlines()[-1])
+    products = [k for k in kernels if k["name"] == "_product_kernel"]
+    assert len(products) == 4
+    for kernel in products:
+        assert kernel["fp8"], kernel
+        assert kernel["stack"] == 0, kernel
+        assert kernel["shared"] <= SHARED, kernel
+    # 6 x 17 tiles of 192 x 128.
+    assert products[0]["grid"] == [102]
