@@ -56,7 +56,7 @@ BOUND = {"bf16": 0.016, "fp8": 0.1, "int4": 0.016}
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return checkpoints of one model in each form."""
     top = tmp_path_factory.mktemp("served")
-    model = random_model(tiny_config(**PUBLISHED), seed=3).to("cuda")
+    model = random_model(tiny_config(**PUBLISHED), seed=3)
     for parameter in model.parameters():
         if parameter.dim() > 1:  # N(0, 0.2^2) would make widths like these blow up
             parameter.data *= 0.2

@@ -1,4 +1,4 @@
-"""Names of devices and kernels: what they mean here, on a machine with GPUs, and what is refused."""
+"""Names of devices and kernels: what they mean on a machine with GPUs, and what is refused."""
 
 from __future__ import annotations
 
