@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ziphius.kernels import gemm, grouped_gemm, quantize
+from ziphius.kernels import gemm, grouped_gemm, permute, quantize, swiglu_fp8
 from ziphius.kernels.cpu.library import Library
 from ziphius.kernels.quantize import CompiledQuantize, Fp8, dequantize
 
@@ -235,17 +235,116 @@ def test_grouped(library: Library, counts: list[int], N: int, K: int, seed: int)
         assert_near(gradient[e], left @ right.T)
 
 
+# --- around the products --------------------------------------------------------------------------
+
+
+@SIZES
+@given(st.integers(1, 40), st.integers(1, 5), WIDTHS, SEEDS)
+def test_permuting_tiles(library: Library, N: int, K: int, D: int, seed: int) -> None:
+    q, order_M = quantize.quantize_tiles(spread(N, D, seed=seed)), torch.randperm(N * K)
+    found = permute.permute_tiles_compiled(library, q, order_M, K)
+    assert_equal(found, permute.permute_tiles(q, order_M, K))
+
+
+def inputs(M: int, F: int, weighted: bool, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Two halves of one matrix, in which no product is exactly between two codes by design."""
+    torch.manual_seed(seed)
+    gate_MF, up_MF = (torch.randn(M, 2 * F) * 4).bfloat16().chunk(2, -1)
+    return gate_MF, up_MF, torch.rand(M) if weighted else None
+
+
+def assert_nearly_equal(found: Fp8, expected: Fp8) -> None:
+    """The exponential's last bit may turn a rounding: rarely, and by one step of a code."""
+    torch.testing.assert_close(found.scales, expected.scales, rtol=1e-6, atol=0)
+    ours, right = (q.codes.view(torch.uint8).int() for q in (found, expected))
+    different = ours != right
+    assert different.float().mean() <= 1e-3 or different.sum() <= 1
+    steps = (ours & 0x7F) - (right & 0x7F)
+    assert steps.abs().max() <= 1
+    assert ((ours ^ right)[(right & 0x7F) != 0] & 0x80 == 0).all()
+
+
+@POWERS
+@SIZES
+@given(st.sampled_from([1, 7, 130, 300]), WIDTHS, st.booleans(), SEEDS)
+def test_swiglu_into_tiles(
+    library: Library, power_of_two: bool, M: int, F: int, weighted: bool, seed: int
+) -> None:
+    gate_MF, up_MF, gates_M = inputs(M, F, weighted, seed)
+    ours, plain = swiglu_fp8.CompiledSwigluFp8(library), swiglu_fp8.TorchSwigluFp8()
+    found = ours.forward(gate_MF, up_MF, gates_M, power_of_two=power_of_two)
+    expected = plain.forward(gate_MF, up_MF, gates_M, power_of_two=power_of_two)
+    assert_nearly_equal(found[0], expected[0])
+    assert_equal(found[1], expected[1])
+    assert_equal(found[2], expected[2])
+    _, gate, up = expected
+    for counts_E in (None, torch.tensor([0, M // 3, M - M // 3])):
+        assert_nearly_equal(
+            ours.turned(gate, up, gates_M, counts_E, power_of_two=power_of_two),
+            plain.turned(gate, up, gates_M, counts_E, power_of_two=power_of_two),
+        )
+
+
+@pytest.mark.parametrize("dhidden", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("gradients", [torch.bfloat16, torch.float32])
+@SIZES
+@given(st.sampled_from([1, 7, 40]), WIDTHS, st.booleans(), SEEDS)
+def test_swiglu_back_from_tiles(
+    library: Library,
+    dhidden: torch.dtype,
+    gradients: torch.dtype,
+    M: int,
+    F: int,
+    weighted: bool,
+    seed: int,
+) -> None:
+    gate_MF, up_MF, gates_M = inputs(M, F, weighted, seed)
+    ours, plain = swiglu_fp8.CompiledSwigluFp8(library), swiglu_fp8.TorchSwigluFp8()
+    _, gate, up = plain.forward(gate_MF, up_MF, gates_M)
+    dhidden_MF = torch.randn(M, F).to(dhidden)
+    found, expected = torch.full((2, M, 2 * F), float("nan")).to(gradients)
+    dgates = [
+        version.backward(gate, up, gates_M, dhidden_MF, *out.chunk(2, -1))
+        for version, out in ((ours, found), (plain, expected))
+    ]
+    tolerance = 2**-7 if gradients == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=1e-6)
+    torch.testing.assert_close(dgates[0], dgates[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("odd", [float("inf"), -float("inf"), float("nan"), -200.0, 3e38])
+def test_swiglu_of_odd_numbers(library: Library, odd: float) -> None:
+    gate_MF, up_MF, _ = inputs(130, 64, False, 0)
+    gate_MF[3, 5] = odd
+    ours, plain = swiglu_fp8.CompiledSwigluFp8(library), swiglu_fp8.TorchSwigluFp8()
+    found, expected = (x.forward(gate_MF, up_MF, None) for x in (ours, plain))
+    for q, right in zip(found, expected, strict=True):
+        assert torch.equal(dequantize(q).isnan(), dequantize(right).isnan())
+    rest = torch.arange(130) != 3
+    assert_nearly_equal(
+        *(
+            Fp8(q[0].codes.float()[rest].to(quantize.E4M3), q[0].scales[rest])
+            for q in (found, expected)
+        )
+    )
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+
 def test_threads_change_nothing(library: Library) -> None:
     """One expert has nearly all rows, so that threads share it."""
     counts_E = torch.tensor([1, 0, 900, 5, 130])
     x_MK = torch.randn(1036, 300).bfloat16()
     ours, weight = CompiledQuantize(library), torch.randn(5, 70, 300)
+    swiglu = swiglu_fp8.CompiledSwigluFp8(library)
 
     def results() -> list[Tensor]:
         (a, turned), (b, _) = ours.both(x_MK, counts_E), ours.blocks(weight)
+        hidden = swiglu.turned(a, a, None, counts_E)
         one = Fp8(b.codes[0], b.scales[0], 128)
         return [
-            *(x for q in (a, turned, ours.regroup(a, counts_E)) for x in q[:2]),
+            *(x for q in (a, turned, ours.regroup(a, counts_E), hidden) for x in q[:2]),
             gemm.gemm_compiled(library, a, one, torch.float32),
             grouped_gemm.grouped_gemm_compiled(library, a, b, counts_E, torch.float32),
             grouped_gemm.grouped_gemm_along_k_compiled(

@@ -1,7 +1,7 @@
 // E4M3 codes as factors of BF16 products (gemm.h), in which they are exact.
 #pragma once
 
-#include "e4m3.h"
+#include "decode.h"
 #include "gemm.h"
 
 namespace e4m3 {
@@ -9,40 +9,7 @@ namespace e4m3 {
 // Codes side by side that are decoded together.
 constexpr int64_t SOME = 64;
 
-#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
-
-// The two bytes of a code's BF16 number, without its sign, are looked up by its other seven bits.
-struct Bytes {
-    alignas(64) uint8_t low[128], high[128];
-    constexpr Bytes() : low(), high() {
-        for (int size = 0; size < 128; size++) {
-            int exponent = size >> 3, fraction = size & 7, bits = 0;
-            if (exponent) {
-                bits = (exponent + 120) << 7 | fraction << 4;
-            } else if (fraction) {
-                int top = fraction > 3 ? 2 : fraction > 1 ? 1 : 0;
-                bits = (118 + top) << 7 | ((fraction << (7 - top)) & 0x7f);
-            }
-            if (size == 127) bits = 0x7fc0;
-            low[size] = uint8_t(bits);
-            high[size] = uint8_t(bits >> 8);
-        }
-    }
-};
-constexpr Bytes BYTES_OF;
-
-// The low and the high bytes of 64 numbers.
-struct Halves {
-    __m512i low, high;
-    explicit Halves(__m512i codes) {
-        low = _mm512_permutex2var_epi8(_mm512_load_si512(BYTES_OF.low), codes,
-                                       _mm512_load_si512(BYTES_OF.low + 64));
-        high = _mm512_permutex2var_epi8(_mm512_load_si512(BYTES_OF.high), codes,
-                                        _mm512_load_si512(BYTES_OF.high + 64));
-        const __m512i sign = _mm512_set1_epi8(char(0x80));
-        high = _mm512_ternarylogic_epi32(high, codes, sign, 0xf8);  // high | (codes & sign)
-    }
-};
+#ifdef E4M3_TABLES
 
 inline __m512i some_codes(const uint8_t* codes, int64_t count) {
     if (count >= SOME) return _mm512_loadu_si512(codes);

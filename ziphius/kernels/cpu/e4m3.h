@@ -1,4 +1,4 @@
-// E4M3 in groups, sixteen numbers at a time: codes of numbers, numbers of codes, scales.
+// E4M3 in groups, sixteen numbers at a time: codes of numbers, and scales.
 #pragma once
 
 #include "numbers.h"
@@ -69,18 +69,6 @@ inline U encode(F x) {
 // The same where some numbers are none: NaN for those, and for what is infinite.
 inline U encode_any(F x) {
     return magnitude(x) >= 0x7f800000 ? ((U)x >> 24 & 0x80u) | 0x7fu : encode(x);
-}
-
-inline F decode(U code) {
-    U size = code & 0x7f, normal = (size << 20) + (120u << 23);
-    U small = (U)(__builtin_convertvector((I)size, F) * 0x1p-9f);
-    U bits = (I)size < 8 ? small : normal;
-    bits = (I)size == 0x7f ? U{} + 0x7fc00000u : bits;
-    return (F)(bits | (code & 0x80u) << 24);
-}
-
-inline F decode(const uint8_t* codes, int64_t some) {
-    return decode(__builtin_convertvector(load<U8>(codes, some), U));
 }
 
 // The largest number of a vector.

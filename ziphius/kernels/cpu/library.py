@@ -49,6 +49,7 @@ SIGNATURES = {
     "norm_forward": "npnnpppnndn",
     "norm_backward": "npnpppppnnn",
     "permute": "npppnnnn",
+    "permute_tiles": "npppppnnnnn",
     "project": "npnnn",
     "quantize_blocks": "npppppnnnnn",
     "quantize_regroup": "nppppnpnnnnn",
@@ -56,6 +57,9 @@ SIGNATURES = {
     "sigmoids": "nppnn",
     "swiglu_forward": "nppnppnnn",
     "swiglu_backward": "nppnppppnpnnn",
+    "swiglu_fp8_backward": "nnppppppnpnpnpnnn",
+    "swiglu_fp8_forward": "npnpnpppppppnnnn",
+    "swiglu_fp8_turned": "npppppppnpnnnnn",
     "unpermute": "npppnnnn",
     "widen_row": "nppnn",
 }

@@ -49,11 +49,6 @@ void put_blocks(const T* weight, uint8_t* codes, float* scales, uint8_t* turned,
 
 }  // namespace
 
-// Runs a statement with T set to BF16 or FP32.
-#define WITH_FLOAT(type, ...)                      \
-    if (type == 2) { using T = bf16; __VA_ARGS__; } \
-    else { using T = float; __VA_ARGS__; }
-
 // Without codes of a kind, that kind is not made; ``width`` is that of a turned row.
 extern "C" void quantize_rows(int64_t type, const void* x, int64_t stride, void* codes,
                               void* scales, void* turned, void* turned_scales, int64_t width,

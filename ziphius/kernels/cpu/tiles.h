@@ -2,7 +2,7 @@
 // a column, or both in one reading. A source says what the numbers of a row are.
 #pragma once
 
-#include "e4m3.h"
+#include "decode.h"
 
 #include <vector>
 
@@ -36,6 +36,8 @@ struct Target {
     bool power_of_two;
 };
 
+constexpr int64_t STRIP = 2;  // vectors of columns that are turned together
+
 // A tile of ``width`` columns as codes with their scale. Where the width is known to be whole, the
 // compiler leaves out what ragged ones need.
 template <class S>
@@ -68,11 +70,18 @@ void put_tiles(const Target& to, const S& source, int64_t start, int64_t rows, i
         else put_tile(to, source, m, column, width);
 }
 
+inline void put_zeros(const Target& to, int64_t column, int64_t columns, int64_t group) {
+    for (int64_t c = column; c < column + columns; c++) {
+        to.scales[c * (to.width / GROUP) + group] = scale_of<float>(0, to.power_of_two);
+        std::memset(to.codes + c * to.width + group * GROUP, 0, GROUP);
+    }
+}
+
 // 128 rows, or fewer and then zeros, of 32 columns: their group number ``group``.
-constexpr int64_t STRIP = 2;  // vectors
 template <class S>
 void put_turned(const Target& to, const S& source, int64_t start, int64_t rows, int64_t column,
                 int64_t columns, int64_t group) {
+    if (!rows) return put_zeros(to, column, std::min(columns - column, STRIP * LANES), group);
     F kept[STRIP][GROUP];
     I most[STRIP] = {};
     for (int64_t m = 0; m < rows; m++)
@@ -135,3 +144,8 @@ void quantize(const S& source, const Target& tiles, const Target& turned, const 
 }
 
 }  // namespace e4m3
+
+// Runs a statement with T set to BF16 or FP32.
+#define WITH_FLOAT(type, ...)                      \
+    if (type == 2) { using T = bf16; __VA_ARGS__; } \
+    else { using T = float; __VA_ARGS__; }
