@@ -195,6 +195,12 @@ def test_the_cache_is_described(server: TestServer) -> None:
         assert value(found, name, block_size="32", num_gpu_blocks=pages) == 1
 
 
+def test_the_engine_says_where_and_by_what_it_computes(server: TestServer) -> None:
+    (labels,) = [dict(labels) for name, labels in read(server) if name == "ziphius_engine_info"]
+    assert labels["device"] == "cpu"
+    assert labels["kernels"] == str(server.engine.model.kernels)
+
+
 def test_aliases_are_equal(server: TestServer) -> None:
     assert ask(server).is_success
     server.until_idle()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as List
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,11 @@ class EngineOptions:
     def __post_init__(self) -> None:
         Pace(self.speculation, self.draft_depth)
         verifier(self.verification)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the thread's own: Triton's kernels run there, whichever has their tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Engine:
@@ -209,7 +215,8 @@ class Engine:
         began = self.clock()
         step = self.scheduler.schedule(began)
         try:
-            return self._compute(step, began)
+            with _current(self.model.device):
+                return self._compute(step, began)
         except BaseException:
             for chunk in step.chunks:
                 if (held := self._requests.pop(chunk.sequence, None)) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,11 @@ def profile_step(job: Job, compute: str = "fp8") -> dict[str, dict[str, Any]]:
         trained.step()
         if job.device != "cpu":
             torch.cuda.synchronize()
+    return kernels_of(seen)
+
+
+def kernels_of(seen: profile) -> dict[str, dict[str, Any]]:
+    """Return the kernels that ran on a GPU, by their names: calls, and microseconds in all."""
     found: dict[str, dict[str, Any]] = {}
     for event in seen.events() or ():
         if event.device_type == torch.autograd.DeviceType.CUDA:
@@ -39,6 +44,14 @@ def profile_step(job: Job, compute: str = "fp8") -> dict[str, dict[str, Any]]:
 def missing(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the (operation, kernel) of the list that a step should have had and had not."""
     for operation, kernels in STEP.items():
-        for kernel in kernels:
-            if not any(name == kernel or name.startswith(f"{kernel}_") for name in found):
-                yield operation, kernel
+        for kernel in lacking(kernels, found):
+            yield operation, kernel
+
+
+def lacking(kernels: Iterable[str], found: Mapping[str, Any]) -> list[str]:
+    """Return those of ``kernels`` that did not run; a profile may add to a name."""
+    return [
+        kernel
+        for kernel in kernels
+        if not any(name == kernel or name.startswith(f"{kernel}_") for name in found)
+    ]
