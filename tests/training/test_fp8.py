@@ -20,7 +20,7 @@ from ziphius.inference.params import SamplingParams
 from ziphius.kernels.quantize import TorchQuantize
 from ziphius.kernels.select import Kernels, compiled_kernels, has_compiler
 from ziphius.model.experts import RoutedExperts
-from ziphius.model.ffn import SwiGLU
+from ziphius.model.ffn import MixtureOfExperts, SwiGLU
 from ziphius.model.init import initialise
 from ziphius.model.layers import Linear
 from ziphius.model.mla import MLA
@@ -166,6 +166,64 @@ def test_the_model_that_answers_beside_it_computes_in_bf16() -> None:
     params = SamplingParams(max_tokens=8, temperature=0)
     (a,), (b,) = (llm.generate([[3, 4, 5]], params) for llm in llms)
     assert a.outputs[0].token_ids == b.outputs[0].token_ids
+
+
+def test_what_is_in_fp8_is_one_table() -> None:
+    """Embedding, head, router, norms' gains and MTP's join are not among them (facts 4.1)."""
+    model = build()
+    names = {n for n, m in model.named_modules() if isinstance(m, Linear) and m.fp8 is not None}
+    others = {n for n, m in model.named_modules() if isinstance(m, Linear)} - names
+    assert others == {"lm_head", "mtp.0.eh_proj"}
+    parts = {n.rsplit(".", 1)[1] for n in names}
+    assert parts == {
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
+    assert all(m.fp8 is not None for m in model.modules() if isinstance(m, RoutedExperts))
+
+
+def test_dispatched_rows_have_powers_of_two() -> None:
+    """Those of other layers have not, unless the recipe says so (facts 4.1)."""
+    model = build()
+    seen: dict[str, Tensor] = {}
+    block = model.layers[1]
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            operand = args[0].rows_MD if isinstance(module, RoutedExperts) else args[0]
+            seen[name] = operand.scales
+
+        return hook
+
+    assert isinstance(block.mlp, MixtureOfExperts)
+    block.mlp.experts.register_forward_pre_hook(note("experts"))
+    block.mlp.shared_experts.register_forward_pre_hook(note("shared"))
+    block.self_attn.register_forward_pre_hook(note("attention"))
+    model.features(random_batch(model.config, 2, 21).tokens_BS)
+    for name, scales in seen.items():
+        whole = torch.equal(scales.log2(), scales.log2().round())
+        assert whole == (name != "attention"), name
+
+
+def test_the_output_of_attention_is_kept_once() -> None:
+    """In E5M6, for attention's own backward and for the output projection's."""
+    model = build()
+    saved: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    attention = model.layers[0].self_attn
+    x_BTD = torch.randn(2, 20, model.config.hidden_size).bfloat16().requires_grad_()
+    rope = model.rope(20)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        attention(x_BTD, rope)
+    width = attention.heads * attention.v
+    kept = [x for x in saved if x.dtype == torch.uint8 and x.shape == (2, 20, -(-width // 2) * 3)]
+    assert len(kept) == 2
+    assert kept[0].data_ptr() == kept[1].data_ptr()
+    assert not any(x.dtype == torch.float8_e4m3fn and x.shape[-1] == width for x in saved)
 
 
 # --- what linear layers keep ----------------------------------------------------------------------
