@@ -6,15 +6,19 @@ round enough copies of the operands to be past the second-level cache. torch's B
 alike. The floors: 2 M N K operations over the matrix peak (1,979 TFLOP/s on an H100), and the bytes
 of codes, scales and results over copy bandwidth (about 3.0 TB/s there).
 
-Prints tables, and everything as one JSON object in the last line. A kernel that hangs cannot be
-stopped from inside: run it under ``timeout``.
+Prints tables, then of every shape its best, and everything as one JSON object in the last line.
+A kernel that hangs cannot be stopped from inside: first another process runs every candidate once
+on a small shape; what does not come back there is left out. That compiles them, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import select
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,6 +46,11 @@ CACHE = 160e6
 MOST_COPIES = 10
 REPLAYS = 5
 BOUNDS = {torch.bfloat16: 4e-3, torch.float32: 1.5e-3}
+# Seconds that a candidate may take to compile and run once on a small shape, and to start Python.
+PATIENCE, START = 12.0, 45.0
+DONE = "all tried"
+# Of small shapes: an odd number of groups of K, a last one that is not whole, tiles that jut out.
+SMALL_K = 1616
 
 
 @dataclass
@@ -124,19 +133,15 @@ def measure(case: Case, deadline: float) -> Iterator[dict[str, Any]]:
         yield result
 
 
-def dense(parts: set[str], device: torch.device) -> Iterator[Case]:
+def dense(parts: set[str], device: torch.device, small: bool = False) -> Iterator[Case]:
     """Products of linear layers, BF16 out."""
-    for M in ROWS:
+    for M in (656, 64, 128) if small else ROWS:
         part = "small" if M <= 128 else "dense"
         if part not in parts:
             continue
-        engines = ("plain", "hopper")
-        chosen = [c for c in gemm.CANDIDATES if c.engine in engines]
-        if part == "dense":
-            chosen = [c for c in chosen if c.splits == 1 and c.block_m * c.block_n >= 128 * 128]
-        else:
-            chosen = [c for c in chosen if c.block_m <= 128]
-        for N, K in LAYERS:
+        wanted = ("hopper", "pairs") if part == "dense" else ("plain",)
+        chosen = [c for c in gemm.CANDIDATES if c.engine in wanted]
+        for N, K in [(2112, SMALL_K)] if small else LAYERS:
 
             def make(M: int = M, N: int = N, K: int = K) -> tuple[Fp8, Fp8]:
                 a, b = (torch.randn(rows, K, device=device) for rows in (M, N))
@@ -149,9 +154,9 @@ def dense(parts: set[str], device: torch.device) -> Iterator[Case]:
             )  # fmt: skip
 
 
-def gradients(device: torch.device) -> Iterator[Case]:
+def gradients(device: torch.device, small: bool = False) -> Iterator[Case]:
     """Gradients of weights: both operands in tiles, FP32 out."""
-    for M, N, K in GRADIENTS:
+    for M, N, K in [(656, 528, SMALL_K)] if small else GRADIENTS:
 
         def make(M: int = M, N: int = N, K: int = K) -> tuple[Fp8, Fp8]:
             a, b = (torch.randn(rows, K, device=device) for rows in (M, N))
@@ -160,17 +165,17 @@ def gradients(device: torch.device) -> Iterator[Case]:
         yield Case(
             "tiles", f"{M} x {N} x {K}", 2.0 * M * N * K, M * K + N * K + 4.0 * M * N, make,
             lambda a, b, config: gemm.gemm_triton(a, b, torch.float32, config=config),
-            _plain, grouped_gemm.ALONG_K_CANDIDATES, decoded_product,
+            _plain, gemm.TILES_CANDIDATES, decoded_product,
         )  # fmt: skip
 
 
-def contiguous(device: torch.device) -> Iterator[Case]:
+def contiguous(device: torch.device, small: bool = False) -> Iterator[Case]:
     """Products of experts, segments one after the other and of unequal lengths."""
-    for experts, rows in CONTIGUOUS:
+    for experts, rows in [(3, 320)] if small else CONTIGUOUS:
         counts = torch.full((experts,), rows, device=device)
         counts[0] += 37
         counts[-1] -= 37
-        for N, K in EXPERTS:
+        for N, K in [(528, SMALL_K)] if small else EXPERTS:
 
             def make(counts: Tensor = counts, N: int = N, K: int = K) -> tuple[Fp8, Fp8, Tensor]:
                 a = torch.randn(int(counts.sum()), K, device=device)
@@ -188,11 +193,11 @@ def contiguous(device: torch.device) -> Iterator[Case]:
             )  # fmt: skip
 
 
-def masked(device: torch.device) -> Iterator[Case]:
+def masked(device: torch.device, small: bool = False) -> Iterator[Case]:
     """Products of experts with room for as many rows each, all of it used but a few."""
-    for experts, rows in MASKED:
+    for experts, rows in [(3, 320)] if small else MASKED:
         counts = torch.full((experts,), rows, device=device) - 3
-        for N, K in EXPERTS:
+        for N, K in [(528, SMALL_K)] if small else EXPERTS:
 
             def make(
                 experts: int = experts, rows: int = rows, counts: Tensor = counts,
@@ -218,13 +223,13 @@ def masked(device: torch.device) -> Iterator[Case]:
             )  # fmt: skip
 
 
-def along_k(device: torch.device) -> Iterator[Case]:
+def along_k(device: torch.device, small: bool = False) -> Iterator[Case]:
     """Gradients of experts' weights: one expert without rows, lengths no multiples of 128."""
-    for experts, rows in CONTIGUOUS:
+    for experts, rows in [(3, 320)] if small else CONTIGUOUS:
         counts = torch.full((experts,), rows, device=device)
         counts[0] += counts[1] - 50
         counts[1] = 0
-        N, K = EXPERTS[-1]
+        N, K = (528, 272) if small else EXPERTS[-1]
 
         def make(counts: Tensor = counts, N: int = N, K: int = K) -> tuple[Fp8, Fp8, Tensor]:
             x, y = (torch.randn(int(counts.sum()), width, device=device) for width in (N, K))
@@ -237,11 +242,11 @@ def along_k(device: torch.device) -> Iterator[Case]:
             lambda a, b, c, config: grouped_gemm.grouped_gemm_along_k_triton(
                 a, b, c, torch.float32, config=config
             ),
-            None, grouped_gemm.ALONG_K_CANDIDATES, _expected_along_k,
+            None, gemm.TILES_CANDIDATES, _expected_along_k,
         )  # fmt: skip
 
 
-def weights(device: torch.device) -> Iterator[Case]:
+def weights(device: torch.device, small: bool = False) -> Iterator[Case]:
     """Products with integer weights; the floor is the bytes of their codes."""
     for form, bits in (("int8", 8), ("int4", 4), ("fp8", 8)):
         for N in ANSWERING:
@@ -306,21 +311,71 @@ def _expected_along_k(operands: tuple[Any, ...]) -> Tensor:
     return torch.stack([x @ y.T for x, y in parts])
 
 
-def cases(parts: set[str], device: torch.device) -> Iterator[Case]:
-    """Return the cases of ``parts``, the most wanted first."""
+def cases(parts: set[str], device: torch.device, small: bool = False) -> Iterator[Case]:
+    """Return the cases of ``parts``, the most wanted first; ``small``: one of each, to try."""
     made = {
-        "contiguous": contiguous,
-        "masked": masked,
-        "along_k": along_k,
         "tiles": gradients,
+        "contiguous": contiguous,
+        "along_k": along_k,
+        "masked": masked,
         "weights": weights,
     }
-    yield from dense(parts - {"small"}, device)
+    yield from dense(parts - {"small"}, device, small)
     for part, make in made.items():
         if part in parts:
-            yield from make(device)
+            yield from make(device, small)
         if part == "masked":
-            yield from dense(parts - {"dense"}, device)
+            yield from dense(parts - {"dense"}, device, small)
+
+
+def try_all(parts: set[str], skipped: set[str], device: torch.device) -> None:
+    """Run every candidate once, on a small shape; print a line before each and one behind it."""
+    for case in cases(parts, device, small=True):
+        operands = case.make()
+        right = case.expected(operands)
+        for config in case.candidates:
+            name = f"{case.part} {tuple(config)}"
+            if name in skipped:
+                continue
+            print(name, flush=True)
+            try:
+                error = relative(case.compare(case.run(*operands, config=config)), right)
+                print("", flush=True) if error < 5e-3 else print(f"error {error:.2e}", flush=True)
+            except Exception as problem:  # one candidate's failure must not hide the others'
+                print(f"{type(problem).__name__}: {problem}".replace("\n", " "), flush=True)
+                if "CUDA" in str(problem):
+                    return  # nothing runs in this process any more
+    print(DONE, flush=True)
+
+
+def unfit(parts: set[str]) -> dict[str, str]:
+    """Return which candidates do not come back from a small shape, or not with what is right."""
+    bad: dict[str, str] = {}
+    while True:
+        command = [sys.executable, __file__, "--parts", ",".join(sorted(parts)), "--try"]
+        tried = subprocess.Popen(
+            [*command, *(f"--skip={name}" for name in bad)], stdout=subprocess.PIPE, bufsize=0
+        )
+        assert tried.stdout is not None
+        before, current, said, patience = len(bad), "", "", START
+        while select.select([tried.stdout], [], [], patience)[0]:
+            line_read = tried.stdout.readline().decode()
+            said = line_read.strip()
+            if not line_read or said == DONE:
+                break
+            patience = PATIENCE
+            if not current:
+                current = said
+                continue
+            if said:
+                bad[current] = said
+            current = ""
+        tried.kill()
+        tried.wait()
+        if current:
+            bad[current] = "did not come back from a small shape"
+        if said == DONE or len(bad) == before:
+            return bad
 
 
 def line(case: Case, result: dict[str, Any], best: float) -> str:
@@ -337,34 +392,57 @@ def line(case: Case, result: dict[str, Any], best: float) -> str:
     )
 
 
+def summary(cases: list[dict[str, Any]]) -> Iterator[str]:
+    """Return a line for every shape: its best candidate."""
+    for case in cases:
+        right = [r for r in case["results"] if r.get("right")]
+        if right:
+            best = min(right, key=lambda r: float(r["us"]))
+            tflops = case["operations"] / best["us"] / 1e6
+            over = f" {best['over_bf16']:.2f}x" if "over_bf16" in best else ""
+            yield f"{case['part']} {case['name']}: {best['config']} {tflops:.0f}{over}"
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
-    parser.add_argument("--engine", choices=("plain", "hopper"), help="only candidates of one kind")
     parser.add_argument("--limit", type=float, default=85, help="seconds; what is left is skipped")
+    parser.add_argument("--try", action="store_true", dest="trying", help=argparse.SUPPRESS)
+    parser.add_argument("--skip", action="append", default=[], help=argparse.SUPPRESS)
     options = parser.parse_args()
     deadline = time.monotonic() + options.limit
+    parts = set(options.parts.split(","))
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.device("cuda")
+    if options.trying:
+        try_all(parts, set(options.skip), device)
+        return
+    bad = unfit(parts)
+    for name, why in bad.items():
+        print(f"left out: {name}: {why}", flush=True)
     figures: dict[str, Any] = {"device": torch.cuda.get_device_name(device), "cases": []}
-    for case in cases(set(options.parts.split(",")), device):
+    for case in cases(parts, device):
         if time.monotonic() > deadline:
             print(f"{case.part} {case.name}: no time left", flush=True)
             continue
-        if options.engine:
-            chosen = options.engine
-            case.candidates = tuple(
-                c for c in case.candidates if getattr(c, "engine", chosen) == chosen
-            )
+        case.candidates = tuple(c for c in case.candidates if f"{case.part} {tuple(c)}" not in bad)
         results = list(measure(case, deadline))
         best = min((r["us"] for r in results if r.get("right")), default=0.0)
         print(f"{case.part} {case.name}", flush=True)
         for result in results:
             print(line(case, result, best), flush=True)
-        figures["cases"].append({"part": case.part, "name": case.name, "results": results})
-    print(json.dumps(figures))
+        figures["cases"].append(
+            {
+                "part": case.part,
+                "name": case.name,
+                "operations": case.operations,
+                "results": results,
+            }
+        )
+    print(*summary(figures["cases"]), sep="\n")
+    print(json.dumps({**figures, "left_out": bad}))
 
 
 if __name__ == "__main__":

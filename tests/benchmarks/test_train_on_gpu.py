@@ -115,22 +115,37 @@ def test_speeds_are_divided_where_both_are_there() -> None:
 
 
 def test_the_whole_comparison_on_a_processor(tmp_path: Path) -> None:
-    """All four, one round; the JSON says that no GPU was measured."""
+    """Two of them, one round; the JSON says that no GPU was measured."""
     record = tmp_path / "train.json"
     sizes = ["--batch", "2", "--micro", "1", "--length", "32", "--rounds", "1", "--seconds", "100"]
     changes = [part for change in SMALL for part in ("--set", change)]
-    command = [sys.executable, script.__file__, *sizes, *changes, "--record", str(record)]
+    who = ["--only", f"{script.OURS},{script.PURE}", "--record", str(record)]
+    command = [sys.executable, script.__file__, *sizes, *changes, *who]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     result = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 0, result["problems"] + [done.stderr]
     assert result == json.loads(record.read_text("utf-8"))
     assert result["measured_on_gpu"] is torch.cuda.is_available()
-    assert list(result["contenders"]) == list(script.CONTENDERS)
+    assert list(result["contenders"]) == [script.OURS, script.PURE]
     for row in result["contenders"].values():
         assert row["tokens_per_s"] > 0
         assert row["losses"][-1] < row["losses"][0], "the same batch again and again"
-    assert set(result["losses_apart"]) == set(script.CONTENDERS) - {script.OURS}
+    assert set(result["losses_apart"]) == {script.PURE}
+    assert set(result["ratios"]) == {f"{script.OURS} / {script.PURE}"}
+
+
+@pytest.mark.parametrize("name", [script.FP8, script.THEIRS])
+def test_the_others_do_what_they_are_asked(name: str) -> None:
+    asked = script.Contender(name, JOB)
+    assert asked.answer({"do": "prepare"}) == {}
+    ready = asked.answer({"do": "search"})
+    assert ready["about"]
+    losses = asked.answer({"do": "losses", "with": {"steps": 3}})["losses"]
+    assert losses[2] < losses[0]
+    assert len(asked.answer({"do": "turn", "with": {"steps": 2}})["seconds"]) == 2
+    assert asked.answer({"do": "peak"})["flops"] > 0
+    assert "steps" in asked.answer({"do": "losses"})["error"], "an error is an answer"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -19,3 +19,9 @@ SMALL += ("tokenizer.vocab_size=4096",)
 def test_an_fp8_step_runs_every_kernel_meant_for_it() -> None:
     found = profile_step(Job("mini", SMALL, "cuda", 2, 1, 1024))
     assert list(missing(found)) == [], sorted(found)
+
+
+def test_a_bf16_step_runs_the_experts_in_kernels_of_ours() -> None:
+    found = profile_step(Job("mini", SMALL, "cuda", 2, 1, 1024), "bfloat16")
+    for kernel in ("grouped_rows_kernel", "grouped_weights_kernel"):
+        assert any(name.startswith(kernel) for name in found), sorted(found)

@@ -1,6 +1,7 @@
 """AdamW against torch's own in float32 and float64, and against a slow BF16 formula."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 
 from tests.support import F64, random_batch, random_model
 from ziphius.config.pretrain import PretrainConfig
+from ziphius.kernels.select import Kernels, compiled_kernels, has_compiler
 from ziphius.training.objective import losses
 from ziphius.training.optimizer import AdamW
 
 SHAPES = {"matrix": (7, 5), "stack": (3, 4, 6), "gain": (9,), "unused": (4, 4)}
+CACHE = Path("~/.cache/ziphius").expanduser()
 RATES = [3e-3, 1e-2, 4e-3, 2e-3, 8e-3, 1e-3, 5e-3, 9e-3]
 
 
@@ -177,20 +180,66 @@ def test_bfloat16_moments_stay_close_to_full_ones() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [0.001, 30.0])
-def test_clip_scales_to_the_global_norm(dtype: torch.dtype, size: float) -> None:
+@pytest.mark.parametrize("scale", [1.0, 2.0**13])
+def test_gradients_are_clipped_to_the_global_norm(
+    dtype: torch.dtype, size: float, scale: float
+) -> None:
+    """The norm is that without the loss's scale; what is multiplied is what the gradients hold."""
     ours = parameters(dtype)
     given = {name: g * size for name, g in gradients(0, dtype).items()}
-    give(ours, given)
+    held = {name: g * scale for name, g in given.items()}
+    give(ours, held)
     optimizer = AdamW(ours.values(), settings(clip_norm=0.7))
     norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in given.values()))
     factor = min(1.0, 0.7 / norm)
     assert (factor == 1.0) == (size < 1), "one case clips, the other does not"
-    assert optimizer.clip() == pytest.approx(norm, rel=1e-5)
+    found = optimizer.measure(scale)
+    assert found.norm == pytest.approx(norm, rel=1e-5)
     for name, gradient in given.items():
-        clipped = ours[name].grad
-        assert clipped is not None
+        unclipped = ours[name].grad
+        assert unclipped is not None
+        assert torch.equal(unclipped, held[name]), "the update multiplies them"
+        clipped = unclipped * found.factor
         torch.testing.assert_close(clipped, gradient * factor, rtol=1e-5, atol=1e-9)
     assert ours["unused"].grad is None
+    if factor == 1:
+        assert found.factor == 1 / scale, "what is not clipped keeps its bits"
+
+
+@pytest.mark.parametrize("version", ["torch", "cpp"])
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_a_step_takes_the_factor_for_gradients_that_were_multiplied(
+    moments: str, version: str
+) -> None:
+    """A power of two to the bit, another within rounding; moments too."""
+    if version == "cpp" and not has_compiler():
+        pytest.skip("there is no C++ compiler")
+    kernels = Kernels() if version == "torch" else compiled_kernels(CACHE)
+
+    def stepped(factor: float, *, before: bool) -> list[Tensor]:
+        ours = parameters(torch.float32)
+        optimizer = AdamW(ours.values(), settings(moments=moments), kernels)
+        for step, rate in enumerate(RATES):
+            given = gradients(step, torch.float32)
+            give(ours, {name: g * factor for name, g in given.items()} if before else given)
+            optimizer.step(rate, 1.0 if before else factor)
+        return [*(p.detach() for p in ours.values()), *optimizer.first, *optimizer.second]
+
+    for factor, tolerance in ((2.0**-10, 0.0), (0.37, 1e-6)):
+        pairs = zip(stepped(factor, before=True), stepped(factor, before=False), strict=True)
+        for expected, found in pairs:
+            kept = 2**-7 if expected.dtype == torch.bfloat16 and tolerance else tolerance
+            torch.testing.assert_close(found, expected, rtol=kept, atol=tolerance)
+
+
+def test_a_norm_that_is_no_number_is_told_and_makes_no_small_step() -> None:
+    ours = parameters(torch.float32)
+    give(ours, gradients(0, torch.float32))
+    assert ours["gain"].grad is not None
+    ours["gain"].grad[2] = math.nan
+    found = AdamW(ours.values(), settings()).measure()
+    assert math.isnan(found.norm)
+    assert math.isnan(found.factor)
 
 
 # What is touched

@@ -150,7 +150,7 @@ def stored_as(name: str, dtype: torch.dtype) -> torch.dtype:
 # From which row up to which, within a tensor.
 Rows = tuple[int, int]
 # Numbers of a weight and its copy that are compared at a time.
-_COMPARED = 2**22
+_COMPARED = 2**20
 
 
 class Fp8Weight(NamedTuple):

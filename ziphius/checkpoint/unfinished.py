@@ -158,12 +158,12 @@ class Unfinished:
             other.insert(0, "SOURCE")
         if not other:
             return
-        described = ", ".join(f"{key} {theirs['options'].get(key)}" for key in other[:3] if key
-                              in theirs["options"])  # fmt: skip
+        told = [f"{key} {theirs['options'].get(key)}" for key in other if key != "SOURCE"]
+        described = f" ({', '.join(told)})" if told else ""
         raise BadInput(
-            f"{self.target}: another conversion to it was interrupted, of {place}"
-            f"{f' ({described})' if described else ''}, with {len(theirs['shards'])} finished "
-            f"shards: start that one again, or remove {self.folder}, or name another target"
+            f"{self.target}: another conversion to it was interrupted, of {place}{described}, "
+            f"with {len(theirs['shards'])} finished shards: start that one again, or "
+            f"remove {self.folder}, or name another target"
         )
 
     def _write_journal(self) -> None:

@@ -12,7 +12,11 @@ from ziphius.kernels.cpu.library import Library
 
 
 class Rates(NamedTuple):
-    """The numbers of one step: ``decay`` multiplies weights, ``rate`` has its correction in it."""
+    """The numbers of one step.
+
+    ``decay`` multiplies weights, ``rate`` has its correction in it, and ``gradient_scale``
+    multiplies gradients before anything else: clipping needs no pass of its own.
+    """
 
     beta1: float
     beta2: float
@@ -20,14 +24,18 @@ class Rates(NamedTuple):
     rate: float
     correction2: float
     eps: float
+    gradient_scale: float = 1.0
 
 
 def adamw_step(p: Tensor, grad: Tensor, m_kept: Tensor, v_kept: Tensor, rates: Rates) -> None:
     """Update a weight and its kept moments, which are rounded to their own dtype only to be kept.
 
-    ``m = lerp(m, g, 1 - beta1)``, ``v = beta2 v + (1 - beta2) g^2``, then
+    With ``g`` the gradient, scaled: ``m = lerp(m, g, 1 - beta1)``,
+    ``v = beta2 v + (1 - beta2) g^2``, then
     ``p = p decay - rate m / (sqrt(v / correction2) + eps)``.
     """
+    if rates.gradient_scale != 1:
+        grad = grad * rates.gradient_scale
     m = m_kept.to(p.dtype).lerp_(grad, 1 - rates.beta1)
     v = v_kept.to(p.dtype).mul_(rates.beta2).addcmul_(grad, grad, value=1 - rates.beta2)
     m_kept.copy_(m)

@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ziphius.kernels.quantize import SMALLEST_AMAX, TILE
+from ziphius.kernels.cpu.library import Library
+from ziphius.kernels.quantize import SMALLEST_AMAX, TILE, rows_of, tile_count
 
 LARGEST = 65024.0
 _SMALLEST_NORMAL = 2.0**-14
@@ -134,4 +135,43 @@ def _unpack(packed: Tensor) -> Tensor:
     return pairs.view(torch.float16).flatten(-2)
 
 
+def encode_compiled(library: Library, x: Tensor) -> E5M6:
+    """Do what ``encode`` does, to the bit."""
+    x_MC = rows_of(x.detach())
+    shape, width = x.shape[:-1], x.shape[-1]
+    packed = x_MC.new_empty(*shape, (width + 1) // 2 * 3, dtype=torch.uint8)
+    scales = x_MC.new_empty(*shape, tile_count(width), dtype=torch.uint8)
+    library.call("e5m6_encode", x_MC.dtype, x_MC, x_MC.stride(0), packed, scales, *x_MC.shape)
+    return E5M6(packed, scales)
+
+
+def decode_compiled(
+    library: Library, q: E5M6, width: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Do what ``decode`` does, to the bit but for the sign of NaN; other dtypes are left to it."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return decode(q, width, dtype)
+    packed, scales = q.packed.contiguous(), q.scales.contiguous()
+    out = torch.empty(*packed.shape[:-1], width, dtype=dtype)
+    rows = out.numel() // max(width, 1)
+    library.call("e5m6_decode", dtype, packed, scales, out, rows, width)
+    return out
+
+
+class CompiledE5M6:
+    """The compiled functions."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+
+    def encode(self, x: Tensor) -> E5M6:
+        """Do what the function ``encode`` does."""
+        return encode_compiled(self.library, x)
+
+    def decode(self, q: E5M6, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Do what the function ``decode`` does."""
+        return decode_compiled(self.library, q, width, dtype)
+
+
 VERSIONS: dict[str, type[Version]] = {"torch": TorchE5M6}
+COMPILED = CompiledE5M6

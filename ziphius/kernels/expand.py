@@ -64,12 +64,15 @@ def expand_heads_compiled(
     k_rope_BTR: Tensor,
     cos_Tr: Tensor,
     sin_Tr: Tensor,
+    *,
+    own_q: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn the rotary parts, and give every head the rotary key that all share.
 
     ``q`` is ``[B, T, H, nope + R]``, ``kv`` ``[B, T, H, nope + v]``, ``k_rope`` ``[B, T, R]``, in
     one dtype; the angles' ``[T, R/2]`` are in at least FP32. Returns queries, keys and values,
-    ``[B, T, H, nope + R]`` twice and ``[B, T, H, v]``.
+    ``[B, T, H, nope + R]`` twice and ``[B, T, H, v]``. With ``own_q`` nobody else reads ``q``: a
+    version may put the queries where it was. This one does not.
     """
     return _Compiled.apply(library, q_BTHd, kv_BTHo, k_rope_BTR, cos_Tr, sin_Tr)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ziphius.kernels.cpu.library import Library
 from ziphius.kernels.quantize import TILE, Fp8, dequantize
 
 
@@ -39,7 +40,29 @@ def gemm_dequantized(a: Fp8, b: Fp8, dtype: torch.dtype) -> Tensor:
     return (dequantize(a) @ dequantize(b).T).to(dtype)
 
 
+def gemm_compiled(library: Library, a: Fp8, b: Fp8, dtype: torch.dtype) -> Tensor:
+    """Do what the reference does; sums of 128 are taken in another order.
+
+    No number depends on how many rows, columns or threads there are.
+    """
+    (M, K), N = a.codes.shape, b.codes.shape[0]
+    out_MN = empty_product(M, N, dtype=dtype)
+    library.call("fp8_gemm", out_MN.dtype, *factors(a, b), b.rows, out_MN, None, 1, M, N, K)
+    return out_MN.to(dtype)
+
+
+def factors(a: Fp8, b: Fp8) -> tuple[Tensor, ...]:
+    """Return codes and scales as compiled products take them: one row after the other."""
+    return tuple(x.contiguous() for x in (*a[:2], *b[:2]))
+
+
+def empty_product(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return memory for a product, undefined: BF16, or FP32 for what else it is to become."""
+    return torch.empty(shape, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+
+
 VERSIONS: dict[str, Callable[[Fp8, Fp8, torch.dtype], Tensor]] = {
     "reference": gemm_reference,
     "dequantized": gemm_dequantized,
 }
+COMPILED = gemm_compiled

@@ -200,5 +200,5 @@ VERSIONS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
     "grouped_mm": grouped_linear_mm,
 }
 # They take counts as a tensor on the device of the rows; the others a list, which waits for a GPU.
-COUNT_ON_DEVICE = frozenset({"grouped_mm"})
+COUNT_ON_DEVICE = frozenset({"grouped_mm", "triton"})
 COMPILED = grouped_linear_compiled

@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ziphius.kernels.gemm import gemm_reference
-from ziphius.kernels.quantize import Fp8, segment_starts, tile_count
+from ziphius.kernels.cpu.library import Library
+from ziphius.kernels.gemm import empty_product, factors, gemm_reference
+from ziphius.kernels.quantize import Fp8, segment_starts, segments_of, tile_count
 
 
 def grouped_gemm_reference(a: Fp8, b: Fp8, counts_E: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,6 +62,28 @@ def grouped_gemm_along_k_reference(a: Fp8, b: Fp8, counts_E: Tensor, dtype: torc
     return out_ENK
 
 
+def grouped_gemm_compiled(
+    library: Library, a: Fp8, b: Fp8, counts_E: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Do what the reference does, all segments in one call; threads share blocks of rows."""
+    (M, K), N = a.codes.shape, b.codes.shape[1]
+    out_MN = empty_product(M, N, dtype=dtype)
+    segments = segments_of(counts_E)
+    library.call("fp8_gemm", out_MN.dtype, *factors(a, b), b.rows, out_MN, *segments, M, N, K)
+    return out_MN.to(dtype)
+
+
+def grouped_gemm_along_k_compiled(
+    library: Library, a: Fp8, b: Fp8, counts_E: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Do what the reference does, all segments in one call; threads share blocks of gradients."""
+    (N, S), K = a.codes.shape, len(b.codes)
+    out_ENK = empty_product(len(counts_E), N, K, dtype=dtype)
+    sizes = (*segments_of(counts_E), N, K, S)
+    library.call("fp8_gemm_along_k", out_ENK.dtype, *factors(a, b), out_ENK, *sizes)
+    return out_ENK.to(dtype)
+
+
 def _matrix(q: Fp8, expert: int) -> Fp8:
     return Fp8(q.codes[expert], q.scales[expert], q.rows)
 
@@ -73,5 +96,7 @@ def _columns(q: Fp8, start: int, count: int) -> Fp8:
 
 Grouped = Callable[[Fp8, Fp8, Tensor, torch.dtype], Tensor]
 VERSIONS: dict[str, Grouped] = {"reference": grouped_gemm_reference}
+COMPILED = grouped_gemm_compiled
 MASKED_VERSIONS: dict[str, Grouped] = {"reference": masked_gemm_reference}
 ALONG_K_VERSIONS: dict[str, Grouped] = {"reference": grouped_gemm_along_k_reference}
+ALONG_K_COMPILED = grouped_gemm_along_k_compiled

@@ -136,11 +136,22 @@ def unpermute_compiled(
     return _CompiledUnpermute.apply(library, rows_MD, order_M, inverse_M, K)
 
 
+def permute_tiles_compiled(library: Library, q: Fp8, order_M: Tensor, K: int) -> Fp8:
+    """Do what ``permute_tiles`` does."""
+    codes_ND, scales_NG = q.codes.contiguous(), q.scales.contiguous()
+    rows, width, groups = len(order_M), codes_ND.shape[1], scales_NG.shape[1]
+    out = Fp8(codes_ND.new_empty(rows, width), scales_NG.new_empty(rows, groups))
+    tensors = (codes_ND, scales_NG, order_M, *out[:2])
+    library.call("permute_tiles", scales_NG.dtype, *tensors, rows, width, groups, K)
+    return out
+
+
 Move = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 VERSIONS: dict[str, Move] = {"torch": permute}
 COMPILED = permute_compiled
 BACK_VERSIONS: dict[str, Move] = {"torch": unpermute}
 BACK_COMPILED = unpermute_compiled
 TILES_VERSIONS: dict[str, Callable[[Fp8, Tensor, int], Fp8]] = {"torch": permute_tiles}
+TILES_COMPILED = permute_tiles_compiled
 Sort = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 SORT_VERSIONS: dict[str, Sort] = {"torch": sort_by_slot}

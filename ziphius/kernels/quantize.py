@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ziphius.kernels.cpu.library import Library
+
 TILE = 128
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -209,4 +211,107 @@ class TorchQuantize:
         return q, transpose_blocks(q)
 
 
+class CompiledQuantize:
+    """The same quantisers in C++: codes and scales equal the reference's to the bit.
+
+    What is not finite is marked by the same groups; the sign of a NaN may differ.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    def tiles(self, x: Tensor, *, power_of_two: bool = False) -> Fp8:
+        """Do what ``quantize_tiles`` does."""
+        x_MC = rows_of(x)
+        tiles = empty_tiles(x_MC, *x_MC.shape)
+        self._rows(x_MC, tiles, None, None, power_of_two=power_of_two)
+        groups = tiles.scales.shape[1]
+        return Fp8(tiles.codes.view(x.shape), tiles.scales.view(*x.shape[:-1], groups))
+
+    def turn(
+        self, x_MC: Tensor, counts_E: Tensor | None = None, *, power_of_two: bool = False
+    ) -> Fp8:
+        """Do what the function ``turn`` does."""
+        x_MC = rows_of(x_MC)
+        turned = empty_turned(x_MC, counts_E)
+        self._rows(x_MC, None, turned, counts_E, power_of_two=power_of_two)
+        return turned
+
+    def both(
+        self, x_MC: Tensor, counts_E: Tensor | None = None, *, power_of_two: bool = False
+    ) -> tuple[Fp8, Fp8]:
+        """Return what ``tiles`` and ``turn`` do, from one reading of ``x``."""
+        x_MC = rows_of(x_MC)
+        tiles, turned = empty_tiles(x_MC, *x_MC.shape), empty_turned(x_MC, counts_E)
+        self._rows(x_MC, tiles, turned, counts_E, power_of_two=power_of_two)
+        return tiles, turned
+
+    def regroup(self, q: Fp8, counts_E: Tensor | None = None, *, power_of_two: bool = False) -> Fp8:
+        """Do what the function ``regroup`` does, of a matrix in tiles."""
+        codes_MC, scales = q.codes.contiguous(), q.scales.contiguous()
+        turned = empty_turned(codes_MC, counts_E)
+        how = (*segments_of(counts_E), int(power_of_two), *codes_MC.shape)
+        tensors = (codes_MC, scales, turned.codes, turned.scales, turned.codes.shape[1])
+        self._library.call("quantize_regroup", torch.float32, *tensors, *how)
+        return turned
+
+    def blocks(self, weight: Tensor, *, power_of_two: bool = False) -> tuple[Fp8, Fp8]:
+        """Return ``quantize_blocks(weight)`` and its ``transpose_blocks``, made together."""
+        weight = _known(weight).contiguous()
+        *experts, O, I = weight.shape  # noqa: E741
+        blocks, turned = (
+            empty_tiles(weight, O, I, *experts, rows=TILE),
+            empty_tiles(weight, I, O, *experts, rows=TILE),
+        )
+        sizes = (int(power_of_two), *(experts or [1]), O, I)
+        self._library.call(
+            "quantize_blocks", weight.dtype, weight, *blocks[:2], *turned[:2], *sizes
+        )
+        return blocks, turned
+
+    def _rows(
+        self,
+        x_MC: Tensor,
+        tiles: Fp8 | None,
+        turned: Fp8 | None,
+        counts_E: Tensor | None,
+        *,
+        power_of_two: bool,
+    ) -> None:
+        width = turned.codes.shape[1] if turned else 0
+        targets = (*(tiles or (None, None))[:2], *(turned or (None, None))[:2], width)
+        how = (*segments_of(counts_E), int(power_of_two), *x_MC.shape)
+        self._library.call("quantize_rows", x_MC.dtype, x_MC, x_MC.stride(0), *targets, *how)
+
+
+def segments_of(counts_E: Tensor | None) -> tuple[Tensor | None, int]:
+    """Return segments as compiled kernels take them: their int64 lengths, and how many."""
+    return (None, 1) if counts_E is None else (counts_E.long().contiguous(), len(counts_E))
+
+
+def _known(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.bfloat16, torch.float32) else x.float()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """View ``x`` as rows, in a known dtype, whose own numbers lie side by side, or copy it."""
+    x_MC = _known(x).reshape(-1, x.shape[-1])
+    return x_MC if x_MC.stride(-1) == 1 else x_MC.contiguous()
+
+
+def empty_tiles(like: Tensor, R: int, C: int, *stack: int, rows: int = 1) -> Fp8:
+    """Return memory for a matrix ``[R, C]`` in tiles or blocks, or a stack of such, undefined."""
+    codes = like.new_empty(*stack, R, C, dtype=E4M3)
+    scales = like.new_empty(*stack, -(-R // rows), tile_count(C), dtype=torch.float32)
+    return Fp8(codes, scales, rows)
+
+
+def empty_turned(x_MC: Tensor, counts_E: Tensor | None) -> Fp8:
+    """Return memory for ``x`` turned, undefined."""
+    segments = 1 if counts_E is None else len(counts_E)
+    M, C = x_MC.shape
+    return empty_tiles(x_MC, C, turned_width(M, segments))
+
+
 VERSIONS: dict[str, type[Quantize]] = {"torch": TorchQuantize}
+COMPILED = CompiledQuantize

@@ -171,7 +171,11 @@ class MLA(nn.Module):
         kv_BTo = self.kv_b_proj(self.kv_a_layernorm.operand(latent_BTC))
         kv_BTHo = kv_BTo.unflatten(-1, (self.heads, -1))
         q_BTHd = q_BTQ.unflatten(-1, (self.heads, -1))
-        q_BTHd, k_BTHd, v_BTHv = self.expand_heads(q_BTHd, kv_BTHo, k_rope_BTR, *rope)
+        # Queries that come from a latent were made here; others are the caller's, who may give them
+        # again when this is computed again.
+        q_BTHd, k_BTHd, v_BTHv = self.expand_heads(
+            q_BTHd, kv_BTHo, k_rope_BTR, *rope, own_q=self.has_query_latent
+        )
         if self.pads:
             q_BTHd, k_BTHd, v_BTHv = attention.equal_widths(q_BTHd, k_BTHd, v_BTHv)
         return q_BTHd.transpose(1, 2), k_BTHd.transpose(1, 2), v_BTHv.transpose(1, 2)

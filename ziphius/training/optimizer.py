@@ -7,6 +7,7 @@ why this one exists. With ``moments="float32"`` it computes what torch's does.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,13 @@ from ziphius.kernels.grouped import keep_gradient
 from ziphius.kernels.select import Kernels
 
 _MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Size(NamedTuple):
+    """The global norm of the gradients before clipping, and what a step multiplies them by."""
+
+    norm: float
+    factor: float
 
 
 class AdamW:
@@ -46,18 +54,21 @@ class AdamW:
         self.second = [zeros(p) for p in self.parameters]
 
     @torch.no_grad()
-    def unscale(self, scale: float) -> None:
-        """Divide the gradients by a power of two that the loss was multiplied by."""
-        if scale != 1:
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], 1 / scale)
+    def measure(self, scale: float = 1.0) -> Size:
+        """Measure the gradients of a loss that was multiplied by ``scale``, a power of two.
 
-    def clip(self) -> float:
-        """Scale the gradients to the global norm of the recipe; return the norm before."""
-        return nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm).item()
+        The factor takes the scale away and brings them to the norm of the recipe, if they are
+        beyond it. Gradients stay as they are: the update multiplies them.
+        """
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients).item() / scale
+        clipping = self.config.clip_norm / (norm + 1e-6)
+        # A norm that is no number is no reason to go on as if it were small.
+        return Size(norm, (1.0 if clipping >= 1 else clipping) / scale)
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Apply the gradients and drop them."""
+    def step(self, learning_rate: float, factor: float = 1.0) -> None:
+        """Apply the gradients, times ``factor``, and drop them."""
         self.steps += 1
         c = self.config
         correction1 = 1 - c.beta1**self.steps
@@ -67,6 +78,6 @@ class AdamW:
                 continue
             decay = 1 - learning_rate * c.weight_decay if p.ndim > 1 else 1.0
             rate = learning_rate / correction1
-            rates = Rates(c.beta1, c.beta2, decay, rate, correction2, c.adam_eps)
+            rates = Rates(c.beta1, c.beta2, decay, rate, correction2, c.adam_eps, factor)
             self.update(p, p.grad, m_kept, v_kept, rates)
             keep_gradient(p)

@@ -80,14 +80,13 @@ def train_step(
         loads.add(routings)
         values = torch.stack((parts.main, parts.mtp, parts.balance, parts.total))
         sums += values.detach().double().cpu()
-    optimizer.unscale(scale)
-    grad_norm = optimizer.clip()
+    grad_norm, factor = optimizer.measure(scale)
     main, mtp, balance, total = sums.tolist()
     # One part that is not finite may hide in a sum that is.
     judged = total if sums.isfinite().all() else math.nan
     skipped = judge(judged, grad_norm)
     if skipped is None:
-        optimizer.step(settings.learning_rate)
+        optimizer.step(settings.learning_rate, factor)
         update_biases(model, loads, settings.bias_update_speed)
     model.zero_grad()
     return StepResult(

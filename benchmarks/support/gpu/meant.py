@@ -9,11 +9,13 @@ STEP: Mapping[str, Sequence[str]] = {
     "attention": ("forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"),
     "quantisers": ("_tiles_kernel", "_blocks_kernel", "_turn_kernel", "_both_kernel"),
     # Dense and grouped products are one kernel; segments need a table each, along K another.
-    "products": ("_product_kernel", "_rows_kernel", "_groups_kernel"),
+    "products": ("_hopper_kernel", "_rows_kernel", "_groups_kernel"),
     "router": ("route_kernel", "route_backward_kernel"),
     "sort": ("_count_kernel", "_scan_kernel", "_place_kernel"),
     "dispatch": ("_permute_tiles_kernel",),
     "combine": ("_unpermute_kernel",),
+    "expand": ("_expand_kernel", "_expand_backward_kernel"),
+    "optimizer": ("_adamw_kernel",),
     "norm": ("_norm_kernel", "_norm_backward_kernel", "_norm_sum_kernel"),
     "SwiGLU": ("_swiglu_kernel", "_swiglu_turned_kernel", "_swiglu_backward_kernel"),
     "kept output": ("_encode_e5m6_kernel", "_decode_e5m6_kernel"),
@@ -22,7 +24,7 @@ STEP: Mapping[str, Sequence[str]] = {
 # Of answers alone.
 ANSWER: Mapping[str, Sequence[str]] = {
     "latent": ("append_kernel", "turn_kernel", "attend_kernel", "merge_kernel"),
-    "stored codes": ("_one_row_kernel", "_few_rows_kernel", "_decode_codes_kernel"),
+    "stored codes": ("_coded_row_kernel", "_coded_rows_kernel", "_decode_codes_kernel"),
 }
 # Of a served request, its prompt and its tokens, by the form of the checkpoint.
 _ANY = (
@@ -32,19 +34,23 @@ _ANY = (
     "route_kernel",
     "_norm_kernel",
 )
-_INTEGERS = (*_ANY, "_few_rows_kernel", "_decode_codes_kernel", "_permute_kernel")
+_INTEGERS = (*_ANY, "_coded_rows_kernel", "_decode_codes_kernel", "_permute_kernel")
 SERVED: Mapping[str, Sequence[str]] = {
     "bf16": (*_ANY, "_permute_kernel"),
     "fp8": (
         *(*_ANY, *STEP["dispatch"], "_tiles_kernel", "_swiglu_kernel"),
         *("_product_kernel", "_rows_kernel"),
     ),
-    "int8": (*_INTEGERS, "_one_row_kernel"),
+    "int8": (*_INTEGERS, "_coded_row_kernel"),
     "int4": _INTEGERS,
 }
 # What neither has, and why.
 SELDOM: Mapping[str, str] = {
     "reach_kernel": "rows of several documents with pretrain's document mask",
+    "_pairs_kernel": "nothing chooses it yet: benchmarks/tune_gemm.py measures it",
+    "_product_kernel": "products of few rows, and GPUs that are no Hopper",
     "_sum_kernel": "products of few rows, whose sums several programs share",
+    "grouped_rows_kernel": "experts of a training step in BF16, forward and their rows' gradients",
+    "grouped_weights_kernel": "gradients of experts' weights in BF16",
     "_permute_kernel": "dispatch in BF16, and the gradient of combining",
 }

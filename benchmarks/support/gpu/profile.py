@@ -12,12 +12,12 @@ from support.gpu.meant import STEP
 from support.gpu.training import Job, Ours
 
 
-def profile_step(job: Job) -> dict[str, dict[str, Any]]:
-    """Train ``job`` in FP8, MTP and balancing included; return the kernels of the second step.
+def profile_step(job: Job, compute: str = "fp8") -> dict[str, dict[str, Any]]:
+    """Train ``job``, MTP and balancing included; return the kernels of the second step.
 
     By the name of the kernel: calls, and microseconds in all. A processor has none.
     """
-    trained = Ours(job, "fp8", ())
+    trained = Ours(job, compute, ())
     trained.step()
     activities = [ProfilerActivity.CPU]
     if job.device != "cpu":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from support.gpu import attention, moves, passes, products, rows, weights
+from support.gpu import attention, experts, moves, passes, products, rows, steps, weights
 from support.gpu.entry import Entry, Place
 
 Size = Literal["full", "small", "toy"]
@@ -17,9 +17,12 @@ SECTIONS: Mapping[str, tuple[Make, Any]] = {
     "decode": (attention.decode, attention),
     "quantize": (rows.quantisers, rows),
     "grouped": (products.grouped, products),
+    "experts": (experts.experts, experts),
     "permute": (moves.moves, moves),
     "swiglu": (passes.activations, passes),
     "norm": (passes.norms, passes),
+    "expand": (steps.heads, steps),
+    "adamw": (steps.updates, steps),
     "prefill": (attention.prefill, attention),
     "router": (moves.routers, moves),
     "loss": (moves.losses, moves),

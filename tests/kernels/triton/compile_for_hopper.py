@@ -1,7 +1,9 @@
 """Compile the products' kernels for Hopper without a GPU, as their callers launch them.
 
 The interpreter runs no Gluon, and cannot say what fits in registers. Prints a JSON list: of every
-kernel its name, grid, shared memory, stack, and whether it multiplies FP8 in the tensor cores.
+kernel its name, grid, shared memory, stack, whether it multiplies FP8 in the tensor cores, and
+whether every such instruction waits for the one before ("serial": of the four of a product, only
+the last one ends a group).
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ def compile_only(kernel: Any, grid: tuple[int, ...]) -> Any:
             file.flush()
             tool = triton.knobs.nvidia.cuobjdump.path
             used = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
+            code = subprocess.check_output([tool, "-sass", file.name], text=True)
+        products = re.findall(r"QGMMA.*", code)
         stack = re.search(r"STACK:(\d+)", used)
         compiled.append(
             {
@@ -58,6 +62,7 @@ def compile_only(kernel: Any, grid: tuple[int, ...]) -> Any:
                 "grid": grid,
                 "shared": binary.metadata.shared,
                 "stack": int(stack[1]) if stack else None,
+                "serial": 4 * sum("gsb0" in line for line in products) > len(products),
                 "fp8": "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3" in binary.asm["ptx"],
             }
         )
@@ -80,14 +85,17 @@ def main() -> None:
         module.available = lambda chosen, a, b: chosen
     a, b = operand(1024, 1536), operand(2112, 1536, rows=128)
     tall, small = Config("hopper", 192, 128, stages=4), Config("plain", 64, 128, stages=4)
-    for chosen in (tall, small):
+    pairs, wide = Config("pairs", 128, 128, stages=6), Config("pairs", 128, 192, stages=4)
+    for chosen in (tall, small, pairs, wide):
         assert product.copyable(a, b)
         gemm.gemm_triton(a, b, torch.bfloat16, config=chosen)
     counts = torch.tensor([600, 0, 424])
     experts = operand(3, 256, 1536, rows=128)
-    grouped_gemm.grouped_gemm_triton(a, experts, counts, torch.bfloat16, config=tall)
+    for chosen in (tall, wide):
+        grouped_gemm.grouped_gemm_triton(a, experts, counts, torch.bfloat16, config=chosen)
     turned = operand(512, 1536), operand(256, 1536)
-    grouped_gemm.grouped_gemm_along_k_triton(*turned, counts, torch.float32)
+    for chosen in gemm.TILES_CANDIDATES[:2]:
+        grouped_gemm.grouped_gemm_along_k_triton(*turned, counts, torch.float32, config=chosen)
     print(json.dumps(compiled))
 
 

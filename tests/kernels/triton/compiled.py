@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that a block may have there
@@ -81,7 +82,9 @@ def _compiled(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> 
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[(number,)] = value
-        elif kind != "fp32" and (not isinstance(value, int) or value % 16 == 0):
+        elif not kind.startswith(("fp32", "tensordesc")) and (
+            not isinstance(value, int) or value % 16 == 0
+        ):
             attributes[(number,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
     kernel = triton.compile(source, target=HOPPER, options=launch)
@@ -93,9 +96,18 @@ def _compiled(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> 
     return Report(kernel.metadata.name, registers, spilled, kernel.metadata.shared, matrix, mixed)
 
 
+def _is_aligned(kind: str, value: Any) -> bool:
+    """Say whether the compiler is told that a number or an address is a multiple of 16."""
+    if isinstance(value, int):
+        return value % 16 == 0
+    return kind != "fp32" and not isinstance(value, TensorDescriptor)
+
+
 def _type(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
     if isinstance(value, float):
         return "fp32"
     if value is None or value == 1 or isinstance(value, bool):
@@ -207,9 +219,63 @@ def route() -> None:
     (weights_NK.sum() + scores_NE.sum()).backward()
 
 
+def expand() -> None:
+    """Heads of the published widths and back, in place and beside, and a few odd ones."""
+    from ziphius.kernels.triton.expand import expand_heads_triton
+
+    published, odd = (128, 64, 128), (24, 6, 13)
+    for H, (nope, R, v), own_q in ((128, published, True), (16, published, False), (3, odd, True)):
+        q, kv = (torch.empty(1, 64, H, nope + w, dtype=torch.bfloat16) for w in (R, v))
+        k_rope = torch.empty(1, 64, 512 + R, dtype=torch.bfloat16)[..., 512:]
+        inputs = (q, kv.requires_grad_(), k_rope)
+        outputs = expand_heads_triton(*inputs, *torch.empty(2, 64, R // 2).unbind(), own_q=own_q)
+        torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
+
+
+def adamw() -> None:
+    """An update with moments in BF16 and in FP32."""
+    from ziphius.kernels.adamw import Rates
+    from ziphius.kernels.triton.adamw import adamw_step_triton
+
+    for count, kept in ((4096, torch.bfloat16), (4097, torch.float32)):
+        moments = torch.empty(2, count, dtype=kept).unbind()
+        p, grad = torch.empty(2, count).unbind()
+        adamw_step_triton(p, grad, *moments, Rates(0.9, 0.95, 1.0, 1e-3, 0.1, 1e-8, 0.5))
+
+
+def grouped() -> None:
+    """Experts in BF16, forward and backward: of preset mini, of the report, and of odd widths."""
+    from ziphius.kernels.triton.grouped import grouped_linear_triton
+
+    mini, report = ((128, 1024, 512, 1024), (128, 1024, 1024, 256)), (2, 512, 4096, 7168)
+    few, odd = (4, 32, 512, 640), (4, 99, 7, 9)
+    for experts, rows, outer, inner in (*mini, report, few, odd):
+        x_MI = torch.empty(experts * rows, inner, dtype=torch.bfloat16, requires_grad=True)
+        weight_EOI = torch.empty(experts, outer, inner, requires_grad=True)
+        out_MO = grouped_linear_triton(x_MI, weight_EOI, torch.full((experts,), rows))
+        out_MO.backward(torch.empty_like(out_MO))
+
+
+def grouped_cuts() -> None:
+    """The same in every way that a benchmark tries."""
+    from ziphius.kernels.triton.grouped import ROWS_CUTS, WEIGHTS_CUTS, rows_times, weight_gradient
+
+    x_MI, dout_MO = (torch.empty(4096, width, dtype=torch.bfloat16) for width in (1024, 512))
+    weight_EOI, counts_E = torch.empty(8, 512, 1024), torch.full((8,), 512)
+    for cut in ROWS_CUTS:
+        rows_times(x_MI, weight_EOI.bfloat16(), counts_E, turned=True, cut=cut)
+        rows_times(dout_MO, weight_EOI.bfloat16(), counts_E, turned=False, cut=cut)
+    for cut in WEIGHTS_CUTS:
+        weight_gradient(dout_MO, x_MI, counts_E, weight_EOI, cut=cut)
+
+
 CALLS: dict[str, Callable[[], None]] = {
+    "adamw": adamw,
     "attention": attention,
     "e5m6": e5m6,
+    "expand": expand,
+    "grouped": grouped,
+    "grouped_cuts": grouped_cuts,
     "latent": latent,
     "loss": loss,
     "quantize": quantize,

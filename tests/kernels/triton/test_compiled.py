@@ -8,8 +8,13 @@ import sys
 
 import pytest
 
-MATRIX = {
+GROUPED = {"grouped_rows_kernel", "grouped_weights_kernel"}
+MATRIX: dict[str, set[str]] = {
+    "adamw": set(),
     "attention": {"forward_kernel", "dq_kernel", "dkdv_kernel"},
+    "expand": set(),
+    "grouped": GROUPED,
+    "grouped_cuts": GROUPED,
     "latent": {"attend_kernel"},
     "loss": set(),
     "route": set(),

@@ -17,11 +17,13 @@ def test_products_compile_for_hopper() -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     kernels = json.loads(result.stdout.splitlines()[-1])
-    products = [k for k in kernels if k["name"] == "_product_kernel"]
-    assert len(products) == 4
+    names = ("_product_kernel", "_hopper_kernel", "_pairs_kernel")
+    products = [k for k in kernels if k["name"] in names]
+    assert len(products) == 8
     for kernel in products:
         assert kernel["fp8"], kernel
         assert kernel["stack"] == 0, kernel
+        assert not kernel["serial"], kernel
         assert kernel["shared"] <= SHARED, kernel
     # 6 x 17 tiles of 192 x 128.
     assert products[0]["grid"] == [102]

@@ -18,8 +18,8 @@ from ziphius.kernels.quantize import (
     turn,
     turned_width,
 )
+from ziphius.kernels.triton.gemm import TILES_CANDIDATES
 from ziphius.kernels.triton.grouped_gemm import (
-    ALONG_K_CANDIDATES,
     CANDIDATES,
     grouped_gemm_along_k_triton,
     grouped_gemm_triton,
@@ -111,9 +111,7 @@ def test_sums_over_segments(counts: list[int], N: int, K: int) -> None:
     check_along_k(counts, N, K)
 
 
-@pytest.mark.parametrize(
-    "chosen", ALONG_K_CANDIDATES if ON_GPU else ALONG_K_CANDIDATES[-1:], ids=str
-)
+@pytest.mark.parametrize("chosen", TILES_CANDIDATES if ON_GPU else TILES_CANDIDATES[-1:], ids=str)
 def test_every_candidate_along_k(chosen: Config) -> None:
     check_along_k(SEGMENTS, 200, 144, chosen)
 

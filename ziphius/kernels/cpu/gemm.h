@@ -161,12 +161,32 @@ template <> inline void give_all<bf16, bf16>(bf16* c, Unit<bf16>::V sum) {
 }
 #endif
 
+// Add R rows of a times one panel of NV vectors to the sums.
+template <class T, int R, int NV>
+__attribute__((always_inline)) inline void accumulate(typename Unit<T>::V (&sum)[R][NV],
+                                                      const unit<T>* a, int64_t a_row,
+                                                      int64_t a_term, const unit<T>* b,
+                                                      int64_t count) {
+    using B = typename Vector<unit<T>>::type;
+    for (int64_t k = 0; k < count; k++, b += NV * LANES<T>) {
+        B row[NV];
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) std::memcpy(&row[j], b + j * LANES<T>, BYTES);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            unit<T> x;
+            std::memcpy(&x, a + r * a_row + k * a_term, sizeof x);
+#pragma GCC unroll 8
+            for (int j = 0; j < NV; j++) sum[r][j] = Unit<T>::add(sum[r][j], x, row[j]);
+        }
+    }
+}
+
 // c [R, width] of a tile, or what is added to it: R rows of a, one panel of NV vectors.
 template <class T, class O, int R, int NV>
 inline void tile(O* c, int64_t c_row, const unit<T>* a, int64_t a_row, int64_t a_term,
                  const unit<T>* b, int64_t count, int64_t width, bool add) {
     using V = typename Unit<T>::V;
-    using B = typename Vector<unit<T>>::type;
     const bool whole = width == NV * LANES<T>;
     V sum[R][NV];
 #pragma GCC unroll 8
@@ -188,18 +208,7 @@ inline void tile(O* c, int64_t c_row, const unit<T>* a, int64_t a_row, int64_t a
                     sum[r][j] = take<T>(c + r * c_row + j * LANES<T>, width - j * LANES<T>);
         }
     }
-    for (int64_t k = 0; k < count; k++, b += NV * LANES<T>) {
-        B row[NV];
-#pragma GCC unroll 8
-        for (int j = 0; j < NV; j++) std::memcpy(&row[j], b + j * LANES<T>, BYTES);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            unit<T> x;
-            std::memcpy(&x, a + r * a_row + k * a_term, sizeof x);
-#pragma GCC unroll 8
-            for (int j = 0; j < NV; j++) sum[r][j] = Unit<T>::add(sum[r][j], x, row[j]);
-        }
-    }
+    accumulate<T>(sum, a, a_row, a_term, b, count);
     if (whole) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)

@@ -32,6 +32,18 @@ void unpermute(const T* rows, const int64_t* inverse, T* out, int64_t tokens, in
     }
 }
 
+// The same of rows of bytes beside rows of numbers: codes and their scales.
+extern "C" void permute_tiles(int64_t, const uint8_t* codes, const float* scales,
+                              const int64_t* order, uint8_t* out, float* out_scales, int64_t rows,
+                              int64_t width, int64_t groups, int64_t K, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t m = 0; m < rows; m++) {
+        int64_t n = order[m] / K;
+        std::memcpy(out + m * width, codes + n * width, width);
+        for (int64_t g = 0; g < groups; g++) out_scales[m * groups + g] = scales[n * groups + g];
+    }
+}
+
 extern "C" void permute(int64_t type, const void* x, const int64_t* order, void* out, int64_t rows,
                         int64_t width, int64_t K, int64_t threads) {
     WITH_TYPE(type, permute<T>((const T*)x, order, (T*)out, rows, width, K, threads))

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ziphius.kernels.quantize import Fp8
+from ziphius.kernels.quantize import TILE, Fp8
 from ziphius.kernels.triton import bits, product
 from ziphius.kernels.triton.product import Config, Shape
 from ziphius.kernels.triton.tiles import DENSE
@@ -17,26 +17,32 @@ from ziphius.kernels.triton.tiles import DENSE
 CANDIDATES = (
     Config("hopper", 128, 128, stages=6),
     Config("hopper", 192, 128, stages=4),
-    Config("hopper", 256, 128, stages=4),
+    Config("pairs", 128, 128, stages=6),
+    Config("pairs", 128, 192, stages=4),
     Config("plain", 128, 128, stages=4, warps=8),
     Config("plain", 128, 128, stages=4, warps=8, copies=False),
-    Config("plain", 128, 64, stages=6),
     Config("plain", 64, 128, stages=3),
     Config("plain", 64, 128, stages=4),
-    Config("plain", 64, 128, stages=8),
     Config("plain", 64, 128, stages=4, splits=2),
     Config("plain", 64, 128, stages=4, splits=4),
     Config("plain", 64, 64, stages=6),
     Config("plain", 64, 64, stages=6, splits=2),
     Config("plain", 64, 64, stages=6, splits=4),
-    Config("plain", 64, 32, stages=8),
 )
-# Tiles of how many rows the Hopper kernel has, and what 128 of K cost: cycles of shared memory.
-# Those of 256 rows (1152) keep some sums outside registers; a benchmark may say that they pay.
-_HEIGHTS = ((128, 640), (192, 896))
+# What a benchmark sweeps for gradients of weights, where both operands' scales are of rows.
+TILES_CANDIDATES = (
+    Config("hopper", 128, 128, stages=4),
+    Config("pairs", 128, 128, stages=6),
+    Config("plain", 64, 128, stages=4),
+)
+# Tiles of how many rows the Hopper kernel has, and what 128 of K cost: cycles, as measured.
+_HEIGHTS = ((128, 790), (192, 1050))
 _MULTIPROCESSORS = 132
-# Below, a product waits for memory, and more programs must ask for it at one time.
+# Up to so many, a product waits for memory, and more programs must ask for it at one time: about
+# two a multiprocessor, each with so many groups of K that adding up their sums costs little.
 _FEW_ROWS = 128
+_PROGRAMS = 2 * _MULTIPROCESSORS
+_FEW_GROUPS = 14
 _HOPPER = 9
 
 
@@ -56,13 +62,25 @@ def gemm_triton(a: Fp8, b: Fp8, dtype: torch.dtype, *, config: Config | None = N
 
 def config(M: int, N: int, K: int) -> Config:
     """Pick how a product on Hopper is cut, by its shape alone."""
-    if M > _FEW_ROWS:
+    large_tiles = triton.cdiv(M, 128) * triton.cdiv(N, 128)
+    if M > 2 * _FEW_ROWS or (M > _FEW_ROWS and 3 * large_tiles > _MULTIPROCESSORS):
         return hopper_config(best_height(M, N))
-    narrow = triton.cdiv(M, 64) * triton.cdiv(N, 128)
-    splits = 1
-    while narrow * splits < _MULTIPROCESSORS and splits < 4 and 8 * splits <= K // 128:
-        splits *= 2
-    return Config("plain", 64, 128, stages=4, splits=splits)
+    rows = triton.cdiv(M, 64)
+    tiles, narrow = rows * triton.cdiv(N, 128), rows * triton.cdiv(N, 64)
+    if tiles >= _MULTIPROCESSORS:
+        return Config("plain", 64, 128, stages=3)
+    splits = _splits(tiles, K)
+    if 4 * tiles * splits >= 3 * _PROGRAMS:
+        return Config("plain", 64, 128, stages=4, splits=splits)
+    return Config("plain", 64, 64, stages=6, splits=_splits(narrow, K))
+
+
+def _splits(tiles: int, K: int) -> int:
+    """Return how many programs share a tile's sum, so that all together are enough."""
+    allowed = [
+        s for s in (1, 2, 4) if s * tiles <= _PROGRAMS and s * _FEW_GROUPS <= triton.cdiv(K, TILE)
+    ]
+    return max(allowed, default=1)
 
 
 def hopper_config(height: int) -> Config:
@@ -86,7 +104,7 @@ def choose(shape: Shape, b_rows: int) -> Config:
     chosen = config(shape.M, shape.N, shape.K)
     if b_rows == 1 and chosen.engine == "hopper":
         # Scales of columns need registers that taller tiles have not.
-        return hopper_config(128)
+        return TILES_CANDIDATES[0]
     return chosen
 
 
@@ -95,7 +113,7 @@ def available(chosen: Config, a: Fp8, b: Fp8) -> Config:
     if not product.copyable(a, b):
         # Loads byte by byte need many registers.
         return Config("plain", 64, 64, stages=2, copies=False)
-    if chosen.engine != "hopper":
+    if chosen.engine == "plain":
         return chosen
     device = a.codes.device
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _HOPPER
@@ -115,6 +133,10 @@ def run(
         from ziphius.kernels.triton import hopper
 
         hopper.launch(a, b, out, shape, form, chosen, table, total, row_tiles=row_tiles)
+    elif chosen.engine == "pairs":
+        from ziphius.kernels.triton import hopper_pairs
+
+        hopper_pairs.launch(a, b, out, shape, form, chosen, table, total, row_tiles=row_tiles)
     else:
         product.launch(
             a, b, out, shape, form, chosen, table, total,

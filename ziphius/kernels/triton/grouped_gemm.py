@@ -11,20 +11,21 @@ import triton
 from torch import Tensor
 
 from ziphius.kernels.quantize import Fp8
-from ziphius.kernels.triton.gemm import available, best_height, hopper_config, run
+from ziphius.kernels.triton.gemm import (
+    TILES_CANDIDATES,
+    available,
+    best_height,
+    hopper_config,
+    run,
+)
 from ziphius.kernels.triton.product import Config, Shape
 from ziphius.kernels.triton.tiles import ALONG_K, ROWS, groups_of_segments, tiles_of_rows
 
 CANDIDATES = (
     Config("hopper", 128, 128, stages=6),
     Config("hopper", 192, 128, stages=4),
-    Config("hopper", 256, 128, stages=4),
-    Config("plain", 128, 128, stages=4, warps=8),
-    Config("plain", 64, 128, stages=4),
-)
-ALONG_K_CANDIDATES = (
-    Config("hopper", 128, 128, stages=6),
-    Config("hopper", 128, 128, stages=4),
+    Config("pairs", 128, 128, stages=6),
+    Config("pairs", 128, 192, stages=4),
     Config("plain", 128, 128, stages=4, warps=8),
     Config("plain", 64, 128, stages=4),
 )
@@ -68,7 +69,7 @@ def grouped_gemm_along_k_triton(
     if not S:
         return out_ENK.zero_()
     if out_ENK.numel():
-        chosen = available(config or ALONG_K_CANDIDATES[0], a, b)
+        chosen = available(config or TILES_CANDIDATES[0], a, b)
         shape = Shape(N, K, S, a.scales.shape[-1], experts)
         table = groups_of_segments(counts_E)
         row_tiles = triton.cdiv(N, chosen.block_m)

@@ -5,10 +5,10 @@ some rows of a tile. A consumer multiplies 128 of K in the tensor cores, waits, 
 sum, scaled, to its FP32 registers. Meanwhile the tensor cores work for the others, which Triton's
 own schedule, with barriers for all warps in every step, does not do.
 
-A tile has 128 columns: 128 or 192 rows are 64 a consumer (of two, of three), 256 rows 128 a
-consumer of two. Taller tiles read operands from the cache less often: 128, 154 and 171 operations
-a byte. By the count of shared memory's bytes a step of the three takes 640, 896 and 1152 cycles,
-against 512, 768 and 1024 of the tensor cores.
+A tile has 128 columns and 64 rows for each of two or three consumers. With three, operands are read
+from the cache less often: 154 operations a byte, not 128. Measured on an H200, 128 of K take about
+790 and 1050 cycles, of which the tensor cores are at work in 512 and 768: consumers run in step.
+(256 rows, 128 a consumer of two, do not fit in registers and are half as fast.)
 
 Programs stay and take one tile after the other, so that loading goes on while sums are stored.
 """
@@ -41,7 +41,7 @@ from ziphius.kernels.triton.tiles import ALONG_K, ROWS, locate
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 # Columns behind the scales of the last row: no tile is taller.
-_ROOM = 256
+_ROOM = 192
 
 
 @gluon.jit
@@ -94,8 +94,6 @@ def _consume(
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    TALL: gl.constexpr = BLOCK_M == CONSUMERS * 128
-    OWN: gl.constexpr = BLOCK_M // CONSUMERS // 64
     # 64-bit, so that the rows of a thread are one address and constants.
     lines = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA)).to(gl.int64)
     nothing = gl.zeros((64, 128), gl.float32, layout=MMA)
@@ -105,7 +103,7 @@ def _consume(
         expert, row, end, column, first, last = locate(
             tile, table, row_tiles, M, N, G, FORM, BLOCK_M, 128, BAND
         )
-        row += SIDE * OWN * 64
+        row += SIDE * 64
         a_scale_at = a_scales + (row + lines) + first * a_stride.to(gl.int64)
         if B_ROWS == 1:
             columns = gl.arange(0, 128, layout=gl.SliceLayout(0, MMA)).to(gl.int64)
@@ -116,11 +114,8 @@ def _consume(
                 block += expert * gl.cdiv(N, 128)
             b_scale_at = b_scales + block * G + first
         sums = nothing
-        below = nothing
         # Scales of rows are loaded a step ahead: products would wait behind them.
         a_scale = gl.load(a_scale_at)
-        if TALL:
-            below_scale = gl.load(a_scale_at + 64)
         b_scale = gl.load(b_scale_at)
         for group in range(first, last):
             scale = a_scale
@@ -128,34 +123,22 @@ def _consume(
                 b_scale = gl.load(b_scale_at)
             else:
                 scale = a_scale * b_scale
-            if TALL:
-                scale_below = below_scale * b_scale
             if group + 1 < last:
                 a_scale_at += a_stride
                 b_scale_at += b_stride
             a_scale = gl.load(a_scale_at)
-            if TALL:
-                below_scale = gl.load(a_scale_at + 64)
             if B_ROWS != 1:
                 b_scale = gl.load(b_scale_at)
             mbarrier.wait(full.index(slot), turn)
-            a_codes = a_ring.index((slot * CONSUMERS + SIDE) * OWN)
+            a_codes = a_ring.index(slot * CONSUMERS + SIDE)
             b_codes = b_ring.index(slot).permute((1, 0))
             part = warpgroup_mma(a_codes, b_codes, nothing, use_acc=False, is_async=True)
             part = warpgroup_mma_wait(0, deps=(part,))
-            if TALL:
-                sums += part * gl.expand_dims(scale, 1)
-                a_codes = a_ring.index((slot * CONSUMERS + SIDE) * OWN + 1)
-                part = warpgroup_mma(a_codes, b_codes, nothing, use_acc=False, is_async=True)
-                part = warpgroup_mma_wait(0, deps=(part,))
-                mbarrier.arrive(empty.index(slot))
-                below += part * gl.expand_dims(scale_below, 1)
-            else:
-                mbarrier.arrive(empty.index(slot))
-                part = part * gl.expand_dims(scale, 1)
-                if B_ROWS == 1:
-                    part = part * gl.expand_dims(b_scale, 0)
-                sums += part
+            mbarrier.arrive(empty.index(slot))
+            part = part * gl.expand_dims(scale, 1)
+            if B_ROWS == 1:
+                part = part * gl.expand_dims(b_scale, 0)
+            sums += part
             slot += 1
             if slot == STAGES:
                 slot = 0
@@ -164,12 +147,10 @@ def _consume(
         if FORM == ALONG_K:
             out_shift = expert * M
         _store(out, sums, row, end, column, N, out_shift)
-        if TALL:
-            _store(out, below, row + 64, end, column, N, out_shift)
 
 
 @gluon.jit
-def _product_kernel(
+def _hopper_kernel(
     a, b, out, a_scales, b_scales, table, total, M, N, G, a_stride, b_stride, experts,
     FORM: gl.constexpr, B_ROWS: gl.constexpr, BLOCK_M: gl.constexpr, BAND: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
@@ -250,7 +231,7 @@ def launch(
     programs = torch.cuda.get_device_properties(out.device).multi_processor_count
     consumers = 3 if config.block_m == 3 * 64 else 2
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    _product_kernel[(min(tiles, programs),)](
+    _hopper_kernel[(min(tiles, programs),)](
         TensorDescriptor.from_tensor(a.codes.view(-1, K), [64, TILE], layout),
         TensorDescriptor.from_tensor(b.codes.view(-1, K), [128, TILE], layout),
         out, a_scales, b_scales, table, total, M, N, G, a_scales.stride(0), b_stride, experts,

@@ -50,7 +50,7 @@ def locate(
         end_group = tl.load(table + expert * 2 + 1)
     band = tile // (BAND * column_tiles)
     inside = tile % (BAND * column_tiles)
-    height = tl.minimum(row_tiles - band * BAND, BAND)
+    height = tl.maximum(tl.minimum(row_tiles - band * BAND, BAND), 1)
     row_tile = band * BAND + inside % height
     column = inside // height * BLOCK_N
     row = row_tile * BLOCK_M
@@ -83,10 +83,10 @@ def _rows_kernel(
 
 
 @triton.jit
-def _groups_kernel(counts, table, experts, EXPERTS: tl.constexpr):
+def _groups_kernel(counts, table, experts, GROUP: tl.constexpr, EXPERTS: tl.constexpr):
     numbers = tl.arange(0, EXPERTS)
     inside = numbers < experts
-    groups_E = tl.cdiv(tl.load(counts + numbers, mask=inside, other=0).to(tl.int32), 128)
+    groups_E = tl.cdiv(tl.load(counts + numbers, mask=inside, other=0).to(tl.int32), GROUP)
     ends_E = tl.cumsum(groups_E, 0)
     tl.store(table + numbers * 2, ends_E - groups_E, mask=inside)
     tl.store(table + numbers * 2 + 1, ends_E, mask=inside)
@@ -110,9 +110,13 @@ def tiles_of_rows(
     return table, total
 
 
-def groups_of_segments(counts_E: Tensor) -> Tensor:
-    """Return which groups of 128 each turned segment has: int32 ``[E, 2]``, first and end."""
+def groups_of_segments(counts_E: Tensor, group: int = 128) -> Tensor:
+    """Return which groups each segment has along K: int32 ``[E, 2]``, first and end.
+
+    Groups of 128 are those of turned segments in FP8; groups of one are rows.
+    """
     experts = len(counts_E)
     table = torch.empty(experts, 2, dtype=torch.int32, device=counts_E.device)
-    _groups_kernel[(1,)](counts_E, table, experts, triton.next_power_of_2(experts), num_warps=1)
+    size = triton.next_power_of_2(experts)
+    _groups_kernel[(1,)](counts_E, table, experts, group, size, num_warps=1)
     return table

@@ -123,7 +123,7 @@ def _weights(
 
 
 @triton.jit
-def _one_row_kernel(
+def _coded_row_kernel(
     x, data, scales, out, outputs, inputs, groups,
     FORM: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr, BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
@@ -149,7 +149,7 @@ def _one_row_kernel(
 
 
 @triton.jit
-def _few_rows_kernel(
+def _coded_rows_kernel(
     x, data, scales, out, N, outputs, inputs, groups,
     FORM: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr, BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -219,13 +219,13 @@ def weight_only_triton(x_NI: Tensor, weight: Codes, *, config: Config | None = N
     grid = (triton.cdiv(O, chosen.block_o), splits)
     sizes = (O, I, scales.shape[1])
     if not chosen.dots:
-        _one_row_kernel[grid](
+        _coded_row_kernel[grid](
             x, data, scales, target, *sizes, *constants, chosen.stages, splits, bits.interpreted(),
             num_warps=chosen.warps,
         )  # fmt: skip
     else:
         block_n = min(max(triton.next_power_of_2(N), 16), 128)
-        _few_rows_kernel[(*grid, triton.cdiv(N, block_n))](
+        _coded_rows_kernel[(*grid, triton.cdiv(N, block_n))](
             x, data, scales, target, N, *sizes, *constants, block_n, splits, bits.interpreted(),
             num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
