@@ -274,7 +274,7 @@ def losses(place: Place, sizes: Sizes) -> list[Entry]:
     def candidates() -> Sequence[Version]:
         from ziphius.kernels.triton.loss import LAUNCHES, cross_entropy_rows_triton
 
-        def launched(launch: tuple[int, int, bool]) -> Version:
+        def launched(launch: tuple[int, int, int]) -> Version:
             rows = partial(cross_entropy_rows_triton, launch=launch)
             return Version(f"{OURS} {launch}", lambda x: over_chunks(rows, x))
 
