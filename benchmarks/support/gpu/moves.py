@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -204,11 +205,21 @@ def routers(place: Place, sizes: Sizes) -> list[Entry]:
         logits_NE = place.normal(generator, N, E, dtype=torch.float32)
         return decided(Scores(logits_NE, 0.1 * place.normal(generator, E, dtype=torch.float32)))
 
+    rule: Any = {"top_k": TOP_K, "n_group": GROUPS, "topk_group": TOP_GROUPS}
+    rule |= {"normalise": True, "scale": SCALE}
+
     def ours(x: Scores) -> Any:
         from ziphius.kernels.triton.route import route_triton
 
-        rule = {"top_k": TOP_K, "n_group": GROUPS, "topk_group": TOP_GROUPS}
-        return route_triton(*x, **rule, normalise=True, scale=SCALE)
+        return route_triton(*x, **rule)
+
+    def candidates() -> Sequence[Version]:
+        from ziphius.kernels.triton.route import LAUNCHES, route_triton
+
+        def launched(launch: tuple[int, int, int]) -> Version:
+            return Version(f"{OURS} {launch}", lambda x: route_triton(*x, **rule, launch=launch))
+
+        return tuple(map(launched, LAUNCHES[1:]))
 
     def plain(x: Scores) -> Sequence[Tensor]:
         scores_NE = x.logits_NE.sigmoid()
@@ -227,6 +238,7 @@ def routers(place: Place, sizes: Sizes) -> list[Entry]:
             nbytes=4.0 * E * (2 * N + 1) + (8 + 4) * N * TOP_K,
             bound=1e-5,
             goal=(COPY, 0.8),
+            candidates=candidates,
         )
     ]
 
@@ -259,6 +271,15 @@ def losses(place: Place, sizes: Sizes) -> list[Entry]:
 
         return over_chunks(cross_entropy_rows_triton, x)
 
+    def candidates() -> Sequence[Version]:
+        from ziphius.kernels.triton.loss import LAUNCHES, cross_entropy_rows_triton
+
+        def launched(launch: tuple[int, int, int]) -> Version:
+            rows = partial(cross_entropy_rows_triton, launch=launch)
+            return Version(f"{OURS} {launch}", lambda x: over_chunks(rows, x))
+
+        return tuple(map(launched, LAUNCHES[1:]))
+
     def torchs(logits_nV: Tensor, targets_n: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf_nV = logits_nV.detach().requires_grad_()
@@ -289,5 +310,6 @@ def losses(place: Place, sizes: Sizes) -> list[Entry]:
             nbytes=2.0 * N * V * place.storage.itemsize,
             bound=1e-2 if place.storage == torch.bfloat16 else 1e-4,
             goal=(COPY, 0.8),
+            candidates=candidates,
         )
     ]

@@ -11,7 +11,17 @@ from torch import Generator, Tensor
 
 from support.gpu.entry import COPY, OURS, PLAIN, Entry, Place, Version
 from support.gpu.products import uneven
-from support.gpu.rows import FULL, SMALL, TOY, Sizes, also_compiled, in_tiles, values, versions
+from support.gpu.rows import (
+    FULL,
+    SMALL,
+    TOY,
+    Kernels,
+    Sizes,
+    also_compiled,
+    in_tiles,
+    values,
+    versions,
+)
 from ziphius.kernels import norm, quantize, swiglu, swiglu_fp8
 from ziphius.kernels.quantize import Fp8, dequantize, turned_width
 
@@ -40,10 +50,10 @@ def _activation(place: Place, generator: Generator, M: int, width: int) -> Activ
     return Activation(*joined.chunk(2, -1), gates_M, place.normal(generator, M, width))
 
 
-def _swiglus() -> Any:
-    from ziphius.kernels.triton.swiglu_fp8 import TritonSwigluFp8
+def _swiglus() -> Kernels:
+    from ziphius.kernels.triton.swiglu_fp8 import CANDIDATES, TritonSwigluFp8
 
-    return TritonSwigluFp8()
+    return TritonSwigluFp8, CANDIDATES
 
 
 def bound_of(place: Place) -> float:
@@ -61,7 +71,7 @@ def activations(place: Place, sizes: Sizes) -> list[Entry]:
 
 
 def _forward(place: Place, M: int, width: int) -> Entry:
-    ours, plain = versions(
+    ours, plain, candidates = versions(
         lambda s, x: s.forward(x.gate_MF, x.up_MF, x.gates_M), _swiglus, swiglu_fp8.TorchSwigluFp8
     )
 
@@ -82,6 +92,7 @@ def _forward(place: Place, M: int, width: int) -> Entry:
         reference=reference,
         ours=ours,
         plain=plain,
+        candidates=candidates,
         peers=peers,
         answer=lambda x, result: values(*result),
         nbytes=2 * M * width * place.storage.itemsize + 3 * in_tiles(M, width) + 4.0 * M,
@@ -113,7 +124,9 @@ def _turned(place: Place, M: int, sizes: Sizes) -> Entry:
         hidden_MF = F.silu(gate_MF) * up_MF * x.gates_M.double().unsqueeze(-1)
         return values(quantize.turn(hidden_MF, x.counts_E))
 
-    ours, plain = versions(lambda s, x: s.turned(*x), _swiglus, swiglu_fp8.TorchSwigluFp8)
+    ours, plain, candidates = versions(
+        lambda s, x: s.turned(*x), _swiglus, swiglu_fp8.TorchSwigluFp8
+    )
     return Entry(
         section="swiglu",
         name=f"turned again {M} x {F_}, {sizes.experts} segments",
@@ -121,6 +134,7 @@ def _turned(place: Place, M: int, sizes: Sizes) -> Entry:
         reference=reference,
         ours=ours,
         plain=plain,
+        candidates=candidates,
         answer=lambda x, result: values(result),
         nbytes=2 * in_tiles(M, F_) + in_tiles(F_, width) + 4.0 * M,
         bound=bound_of(place),
@@ -155,7 +169,7 @@ def _backward(place: Place, M: int, width: int) -> Entry:
         assert dgates_M is not None
         return torch.cat((dgate, dup), -1), dgates_M
 
-    ours, plain = versions(use, _swiglus, swiglu_fp8.TorchSwigluFp8)
+    ours, plain, candidates = versions(use, _swiglus, swiglu_fp8.TorchSwigluFp8)
     return Entry(
         section="swiglu",
         name=f"backward {M} x {width}",
@@ -163,6 +177,7 @@ def _backward(place: Place, M: int, width: int) -> Entry:
         reference=reference,
         ours=ours,
         plain=plain,
+        candidates=candidates,
         nbytes=2 * in_tiles(M, width) + 3 * M * width * place.storage.itemsize + 8.0 * M,
         bound=bound_of(place),
         goal=(COPY, 0.8),

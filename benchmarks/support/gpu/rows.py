@@ -14,6 +14,8 @@ from support.gpu.products import uneven
 from ziphius.kernels import e5m6, quantize
 from ziphius.kernels.quantize import Fp8, TorchQuantize, dequantize, turned_width
 
+# A class of ours, and what its programs may take.
+Kernels = tuple[Callable[..., Any], Sequence[Any]]
 EAGER, COMPILED = "torch operations", "torch.compile"
 
 
@@ -57,19 +59,32 @@ def in_tiles(M: float, C: float) -> float:
     return M * C + 4.0 * M * -(-C // 128)
 
 
-def _ours() -> Any:
-    from ziphius.kernels.triton.quantize import TritonQuantize
+def _ours() -> Kernels:
+    from ziphius.kernels.triton.quantize import CANDIDATES, TritonQuantize
 
-    return TritonQuantize()
+    return TritonQuantize, CANDIDATES
 
 
 def versions(
-    use: Callable[[Any, Any], Any], triton: Callable[[], Any], plain: Callable[[], Any]
-) -> tuple[Version, Version]:
-    """Return our version and the plain one of what ``use`` does with an object of kernels."""
+    use: Callable[[Any, Any], Any], triton: Callable[[], Kernels], plain: Callable[[], Any]
+) -> tuple[Version, Version, Callable[[], Sequence[Version]]]:
+    """Return our version and the plain one of what ``use`` does with an object of kernels.
+
+    The last returns ours in the other blocks that a program may take.
+    """
+
+    def candidates() -> Sequence[Version]:
+        kernels, launches = triton()
+
+        def launched(launch: Any) -> Version:
+            return Version(f"{OURS} {launch}", lambda x: use(kernels(launch), x))
+
+        return [launched(launch) for launch in launches[1:]]
+
     return (
-        Version(OURS, lambda x: use(triton(), x)),
+        Version(OURS, lambda x: use(triton()[0](), x)),
         Version(PLAIN, lambda x: use(plain(), x)),
+        candidates,
     )
 
 
@@ -87,7 +102,7 @@ def also_compiled(run: Callable[[Any], Any]) -> Sequence[Version]:
 
 
 def _tiles(place: Place, M: int, C: int) -> Entry:
-    ours, plain = versions(lambda q, x: q.tiles(x), _ours, TorchQuantize)
+    ours, plain, candidates = versions(lambda q, x: q.tiles(x), _ours, TorchQuantize)
     return Entry(
         section="quantize",
         name=f"tiles {M} x {C}",
@@ -95,6 +110,7 @@ def _tiles(place: Place, M: int, C: int) -> Entry:
         reference=lambda x: parts(quantize.quantize_tiles(x)),
         ours=ours,
         plain=plain,
+        candidates=candidates,
         peers=also_compiled(lambda x: tuple(quantize.quantize_tiles(x))),
         answer=lambda x, result: parts(Fp8(*result)),
         nbytes=M * C * place.storage.itemsize + in_tiles(M, C),
@@ -116,7 +132,7 @@ def _segments(place: Place, generator: Generator, M: int, sizes: Sizes) -> Segme
 
 def _both(place: Place, M: int, sizes: Sizes) -> Entry:
     C, width = sizes.width, turned_width(M, sizes.experts)
-    ours, plain = versions(lambda q, x: q.both(*x), _ours, TorchQuantize)
+    ours, plain, candidates = versions(lambda q, x: q.both(*x), _ours, TorchQuantize)
     return Entry(
         section="quantize",
         name=f"tiles and turned {M} x {C}, {sizes.experts} segments",
@@ -124,6 +140,7 @@ def _both(place: Place, M: int, sizes: Sizes) -> Entry:
         reference=lambda x: parts(quantize.quantize_tiles(x.x_MC), quantize.turn(*x)),
         ours=ours,
         plain=plain,
+        candidates=candidates,
         answer=lambda x, result: parts(*result),
         nbytes=M * C * place.storage.itemsize + in_tiles(M, C) + in_tiles(C, width),
         goal=(COPY, 0.8),
@@ -132,7 +149,7 @@ def _both(place: Place, M: int, sizes: Sizes) -> Entry:
 
 def _turn(place: Place, M: int, sizes: Sizes) -> Entry:
     C, width = sizes.width, turned_width(M, sizes.experts)
-    ours, plain = versions(lambda q, x: q.turn(*x), _ours, TorchQuantize)
+    ours, plain, candidates = versions(lambda q, x: q.turn(*x), _ours, TorchQuantize)
     return Entry(
         section="quantize",
         name=f"turned {M} x {C}, {sizes.experts} segments",
@@ -140,6 +157,7 @@ def _turn(place: Place, M: int, sizes: Sizes) -> Entry:
         reference=lambda x: parts(quantize.turn(*x)),
         ours=ours,
         plain=plain,
+        candidates=candidates,
         answer=lambda x, result: parts(result),
         nbytes=M * C * place.storage.itemsize + in_tiles(C, width),
         goal=(COPY, 0.8),
@@ -160,7 +178,7 @@ def _regroup(place: Place, M: int, sizes: Sizes) -> Entry:
         x = _segments(place, generator, M, sizes)
         return CodedSegments(quantize.quantize_tiles(x.x_MC), x.counts_E)
 
-    ours, plain = versions(lambda q, x: q.regroup(*x), _ours, TorchQuantize)
+    ours, plain, candidates = versions(lambda q, x: q.regroup(*x), _ours, TorchQuantize)
     return Entry(
         section="quantize",
         name=f"regroup {M} x {C}, {sizes.experts} segments",
@@ -168,6 +186,7 @@ def _regroup(place: Place, M: int, sizes: Sizes) -> Entry:
         reference=lambda x: parts(quantize.regroup(*x)),
         ours=ours,
         plain=plain,
+        candidates=candidates,
         answer=lambda x, result: parts(result),
         nbytes=in_tiles(M, C) + in_tiles(C, width),
         goal=(COPY, 0.8),
@@ -176,7 +195,7 @@ def _regroup(place: Place, M: int, sizes: Sizes) -> Entry:
 
 def _blocks(place: Place, O: int, I: int) -> Entry:  # noqa: E741
     """A weight's master copy in FP32, in blocks and as the transpose of these."""
-    ours, plain = versions(lambda q, w: q.blocks(w), _ours, TorchQuantize)
+    ours, plain, candidates = versions(lambda q, w: q.blocks(w), _ours, TorchQuantize)
 
     def reference(w: Tensor) -> Sequence[Tensor]:
         q = quantize.quantize_blocks(w)
@@ -189,20 +208,21 @@ def _blocks(place: Place, O: int, I: int) -> Entry:  # noqa: E741
         reference=reference,
         ours=ours,
         plain=plain,
+        candidates=candidates,
         answer=lambda x, result: parts(*result),
         nbytes=O * I * (4.0 + 2.0),
         goal=(COPY, 0.8),
     )
 
 
-def _e5m6() -> Any:
-    from ziphius.kernels.triton.e5m6 import TritonE5M6
+def _e5m6() -> Kernels:
+    from ziphius.kernels.triton.e5m6 import CANDIDATES, TritonE5M6
 
-    return TritonE5M6()
+    return TritonE5M6, CANDIDATES
 
 
 def _encode(place: Place, M: int, C: int) -> Entry:
-    ours, plain = versions(lambda f, x: tuple(f.encode(x)), _e5m6, e5m6.TorchE5M6)
+    ours, plain, candidates = versions(lambda f, x: tuple(f.encode(x)), _e5m6, e5m6.TorchE5M6)
     return Entry(
         section="quantize",
         name=f"E5M6 encode {M} x {C}",
@@ -210,13 +230,16 @@ def _encode(place: Place, M: int, C: int) -> Entry:
         reference=lambda x: tuple(e5m6.encode(x)),
         ours=ours,
         plain=plain,
+        candidates=candidates,
         nbytes=M * C * (place.storage.itemsize + 1.5) + M * -(-C // 128),
         goal=(COPY, 0.8),
     )
 
 
 def _decode(place: Place, M: int, C: int) -> Entry:
-    ours, plain = versions(lambda f, q: f.decode(q, C, place.storage), _e5m6, e5m6.TorchE5M6)
+    ours, plain, candidates = versions(
+        lambda f, q: f.decode(q, C, place.storage), _e5m6, e5m6.TorchE5M6
+    )
     return Entry(
         section="quantize",
         name=f"E5M6 decode {M} x {C}",
@@ -224,6 +247,7 @@ def _decode(place: Place, M: int, C: int) -> Entry:
         reference=lambda q: e5m6.decode(q, C),
         ours=ours,
         plain=plain,
+        candidates=candidates,
         nbytes=M * C * (place.storage.itemsize + 1.5) + M * -(-C // 128),
         goal=(COPY, 0.8),
     )

@@ -45,7 +45,7 @@ def test_loss_and_gradient(
     targets_n = torch.randint(0, V, (n,), device=device)
     targets_n[torch.rand(n, device=device) < 0.3] = IGNORED
     loss, gradient_nV = expected(logits_nV, targets_n)
-    found = cross_entropy_rows_triton(logits_nV, targets_n, launch=(columns, 4))
+    found = cross_entropy_rows_triton(logits_nV, targets_n, launch=(columns, 4, 3))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.cpu().double(), loss, rtol=1e-5, atol=1e-5)
     check_gradient(logits_nV, gradient_nV)

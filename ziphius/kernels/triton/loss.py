@@ -14,12 +14,14 @@ from ziphius.kernels.loss import IGNORED
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-2e38)  # below any logit, and what is far above it is still a number
-# Columns at a time and warps: 16 bytes of BF16 a thread and load. A benchmark may try the others.
-LAUNCHES = ((8192, 32), (8192, 16), (4096, 16), (16384, 32))
+# Columns at a time, warps, and how many of a program's loads are on their way: 16 bytes of BF16 a
+# thread and load, 64 KB in all, since one program fills a multiprocessor. A benchmark may try the
+# others.
+LAUNCHES = ((8192, 32, 5), (8192, 32, 3), (8192, 16, 5), (4096, 16, 6), (16384, 32, 4))
 
 
 def cross_entropy_rows_triton(
-    logits_nV: Tensor, targets_n: Tensor, *, launch: tuple[int, int] | None = None
+    logits_nV: Tensor, targets_n: Tensor, *, launch: tuple[int, int, int] | None = None
 ) -> Tensor:
     """Compute what ``cross_entropy_rows`` does; the arithmetic is FP32 whatever logits are.
 
@@ -27,7 +29,7 @@ def cross_entropy_rows_triton(
     """
     n, V = logits_nV.shape
     losses_n = logits_nV.new_empty(n, dtype=torch.float32)
-    columns, warps = launch or LAUNCHES[0]
+    columns, warps, stages = launch or LAUNCHES[0]
     columns = min(columns, triton.next_power_of_2(V))
     if n:
         cross_entropy_kernel[(n,)](
@@ -35,6 +37,7 @@ def cross_entropy_rows_triton(
             V=V,
             IGNORE=IGNORED,
             COLUMNS=columns,
+            STAGES=stages,
             num_warps=warps if columns >= 4096 else 4,
         )
     return losses_n.sum()
@@ -44,8 +47,13 @@ def cross_entropy_rows_triton(
 def cross_entropy_kernel(
     logits_ptr, targets_ptr, losses_ptr, stride,
     V: tl.constexpr, IGNORE: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Turn one row of logits into ``softmax - onehot``, and store its loss."""
+    """Turn one row of logits into ``softmax - onehot``, and store its loss.
+
+    The second visit goes backwards: what was read last is still in the second cache, which holds
+    about as much as the rows that are on their way, and what is written may leave it first.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     logits_ptr += row * stride
@@ -63,9 +71,9 @@ def cross_entropy_kernel(
     # Every lane has a softmax of its own, so that no step waits for the other lanes.
     largest = tl.full([COLUMNS], LEAST, tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
-    for begin in tl.range(0, V, COLUMNS, num_stages=3):
+    for begin in tl.range(0, V, COLUMNS, num_stages=STAGES):
         at = begin + columns
-        x = tl.load(logits_ptr + at, at < V, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits_ptr + at, at < V, float("-inf")).to(tl.float32)
         above = x - largest
         e = tl.exp2(-tl.abs(above) * LOG2E)
         total = tl.where(above > 0, total * e + 1.0, total + e)
@@ -76,9 +84,9 @@ def cross_entropy_kernel(
     share = tl.div_rn(1.0, total)
     # The whole row has been read where the first number is written.
     tl.debug_barrier()
-    for begin in tl.range(0, V, COLUMNS, num_stages=3):
-        at = begin + columns
-        x = tl.load(logits_ptr + at, at < V, other=float("-inf")).to(tl.float32)
+    for done in tl.range(0, V, COLUMNS, num_stages=STAGES):
+        at = (V - 1) // COLUMNS * COLUMNS - done + columns
+        x = tl.load(logits_ptr + at, at < V, float("-inf")).to(tl.float32)
         p = tl.exp2((x - greatest) * LOG2E) * share
         p = tl.where(at == target, p - 1.0, p)
-        tl.store(logits_ptr + at, p.to(kind), at < V)
+        tl.store(logits_ptr + at, p.to(kind), at < V, eviction_policy="evict_first")

@@ -14,9 +14,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ziphius.kernels.route import NORM_EPS, Rule
+from ziphius.kernels.triton.bits import approximate, interpreted
 
-TOKENS = 8  # of a program
-WARPS = 8
+LEAST = tl.constexpr(-(2**31))  # below every number's ``_ordered``
+# Tokens of a program of one warp, forward; tokens of a program and its warps, backward. A benchmark
+# may try the others.
+LAUNCHES = ((2, 8, 4), (1, 4, 2), (4, 16, 4), (8, 8, 8))
 
 
 def route_triton(
@@ -28,13 +31,14 @@ def route_triton(
     topk_group: int,
     normalise: bool,
     scale: float,
+    launch: tuple[int, int, int] = LAUNCHES[0],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute what ``route_reference`` does in FP32; of equal scores the lowest number wins.
 
     A logit that is no number is chosen first, as ``torch.topk`` does, so that it shows.
     """
     rule = Rule(top_k, n_group, topk_group, normalise, scale)
-    chosen, weights, scores = _Route.apply(logits_NE, bias_E, rule)
+    chosen, weights, scores = _Route.apply(logits_NE, bias_E, rule, launch)
     return chosen, weights, scores
 
 
@@ -43,9 +47,13 @@ def route_kernel(
     logits_ptr, bias_ptr, chosen_ptr, weights_ptr, scores_ptr, N, scale, eps,
     E: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
     NORMALISE: tl.constexpr, TOKENS: tl.constexpr, GP: tl.constexpr, EP: tl.constexpr,
-    KP: tl.constexpr,
+    KP: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Route a block of tokens; experts stand as ``[tokens, groups, experts of a group]``."""
+    """Route a block of tokens; experts stand as ``[tokens, groups, experts of a group]``.
+
+    Meant for one warp: then a token's numbers are spread over its threads alone, and a maximum of
+    integers is one instruction of the warp.
+    """
     EACH: tl.constexpr = E // GROUPS
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     group = tl.arange(0, GP)[None, :, None]
@@ -55,46 +63,67 @@ def route_kernel(
     inside = (tokens < N)[:, None, None] & real
     place = tokens[:, None, None] * E + expert
     logits = tl.load(logits_ptr + place, inside, other=0.0).to(tl.float32)
-    scores = tl.div_rn(tl.full([TOKENS, GP, EP], 1.0, tl.float32), 1.0 + tl.exp(-logits))
+    scores = _sigmoid(logits, INTERPRETED)
     tl.store(scores_ptr + place, scores.to(scores_ptr.dtype.element_ty), inside)
     biased = scores + tl.load(bias_ptr + expert, real, other=0.0).to(tl.float32)
     biased = tl.where(biased == biased, biased, float("inf"))
-    biased = tl.where(real, biased, float("-inf"))
     if GROUPS > 1:
-        biased = _best_groups(biased, group, member, KEPT, GP)
-    flat = tl.reshape(biased, [TOKENS, GP * EP])
-    flat_scores = tl.reshape(scores, [TOKENS, GP * EP])
-    flat_place = tl.arange(0, GP * EP)[None, :]
+        biased = _best_groups(tl.where(real, biased, float("-inf")), member, KEPT, GP)
+    key = tl.where(real, _ordered(biased), LEAST)
+    chosen = _largest(tl.reshape(key, [TOKENS, GP * EP]), TOKENS, K, KP)
+    chosen = chosen // EP * EACH + chosen % EP
     choice = tl.arange(0, KP)[None, :]
-    chosen = tl.zeros([TOKENS, KP], tl.int32)
-    weights = tl.zeros([TOKENS, KP], tl.float32)
-    for k in tl.static_range(K):
-        best = tl.argmax(flat, 1)[:, None]
-        weight = tl.sum(tl.where(flat_place == best, flat_scores, 0.0), 1)[:, None]
-        chosen = tl.where(choice == k, best // EP * EACH + best % EP, chosen)
-        weights = tl.where(choice == k, weight, weights)
-        flat = tl.where(flat_place == best, float("-inf"), flat)
+    inside = (tokens < N)[:, None] & (choice < K)
+    # Read again, from a cache: to pick them out of the scores takes longer.
+    taken = tl.load(logits_ptr + tokens[:, None] * E + chosen, inside, other=float("-inf"))
+    weights = _sigmoid(taken.to(tl.float32), INTERPRETED)
     if NORMALISE:
         weights = tl.div_rn(weights, tl.sum(weights, 1)[:, None] + eps + tl.zeros_like(weights))
     place = tokens[:, None] * K + choice
-    inside = (tokens < N)[:, None] & (choice < K)
     tl.store(chosen_ptr + place, chosen.to(tl.int64), inside)
     tl.store(weights_ptr + place, (weights * scale).to(weights_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
-def _best_groups(biased, group, member, KEPT: tl.constexpr, GP: tl.constexpr):
+def _sigmoid(x, INTERPRETED: tl.constexpr):
+    """Compute ``1 / (1 + e^-x)``, on a GPU with its own reciprocal."""
+    power = 1.0 + tl.exp(-x)
+    return 1.0 / power if INTERPRETED else approximate("rcp.approx.ftz.f32 $0, $1;", power)
+
+
+@triton.jit
+def _ordered(x):
+    """Return integers in the order of FP32 numbers, NaN aside; all are above ``LEAST``."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _best_groups(biased, member, KEPT: tl.constexpr, GP: tl.constexpr):
     """Leave the experts of the ``KEPT`` groups whose two best are the greatest in sum."""
-    best = tl.argmax(biased, 2)
-    second = tl.where(member == tl.expand_dims(best, 2), float("-inf"), biased)
-    sums = tl.max(biased, 2) + tl.max(second, 2)
-    number = tl.arange(0, GP)[None, :]
-    kept = number < 0
-    for _ in tl.static_range(KEPT):
-        chosen = number == tl.argmax(sums, 1)[:, None]
-        kept = kept | chosen
-        sums = tl.where(chosen, float("-inf"), sums)
-    return tl.where(tl.expand_dims(kept, 2), biased, float("-inf"))
+    best = tl.max(biased, 2)
+    first = tl.min(tl.where(biased == best[:, :, None], member, member.shape[2]), 2)
+    second = tl.max(tl.where(member == first[:, :, None], float("-inf"), biased), 2)
+    mine, other = (best + second)[:, :, None], (best + second)[:, None, :]
+    number = tl.arange(0, GP)
+    earlier = number[None, None, :] < number[None, :, None]
+    before = (other > mine) | ((other == mine) & earlier)
+    kept = tl.sum(before.to(tl.int32), 2) < KEPT
+    return tl.where(kept[:, :, None], biased, float("-inf"))
+
+
+@triton.jit
+def _largest(key, TOKENS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
+    """Return the places of the ``K`` largest of each row, of equals the first: ``[TOKENS, KP]``."""
+    place = tl.arange(0, key.shape[1])[None, :]
+    choice = tl.arange(0, KP)[None, :]
+    chosen = tl.zeros([TOKENS, KP], tl.int32)
+    for k in tl.static_range(K):
+        best = tl.max(key, 1)[:, None]
+        first = tl.min(tl.where(key == best, place, key.shape[1]), 1)[:, None]
+        chosen = tl.where(choice == k, first, chosen)
+        key = tl.where(place == first, LEAST, key)
+    return chosen
 
 
 @triton.jit
@@ -103,33 +132,36 @@ def route_backward_kernel(
     E: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr, WEIGHTS: tl.constexpr,
     SCORES: tl.constexpr, TOKENS: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """Bring gradients of weights and of scores to the logits of a block of tokens."""
+    """Bring gradients of weights and of scores to the logits of a block of tokens.
+
+    Those of the chosen experts are written again, with the weights' part.
+    """
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    row = tokens[:, None] * E
     expert = tl.arange(0, EP)[None, :]
-    place = tokens[:, None] * E + expert
     inside = (tokens < N)[:, None] & (expert < E)
-    score = tl.load(scores_ptr + place, inside, other=0.0).to(tl.float32)
-    gradient = tl.zeros([TOKENS, EP], tl.float32)
+    dlogits = tl.zeros([TOKENS, EP], tl.float32)
     if SCORES:
-        gradient += tl.load(dscores_ptr + place, inside, other=0.0).to(tl.float32)
+        score = tl.load(scores_ptr + row + expert, inside, other=0.0).to(tl.float32)
+        dscore = tl.load(dscores_ptr + row + expert, inside, other=0.0).to(tl.float32)
+        dlogits = dscore * score * (1.0 - score)
+    tl.store(dlogits_ptr + row + expert, dlogits.to(dlogits_ptr.dtype.element_ty), inside)
     if WEIGHTS:
         choice = tl.arange(0, KP)[None, :]
         own = (tokens < N)[:, None] & (choice < K)
-        chosen = tl.load(chosen_ptr + tokens[:, None] * K + choice, own, other=0).to(tl.int32)
-        dweight = tl.load(dweights_ptr + tokens[:, None] * K + choice, own, other=0.0)
-        dweight = dweight.to(tl.float32) * scale
+        place = tokens[:, None] * K + choice
+        chosen = row + tl.load(chosen_ptr + place, own, other=0)
+        gradient = tl.load(dweights_ptr + place, own, other=0.0).to(tl.float32) * scale
+        taken = tl.load(scores_ptr + chosen, own, other=0.0).to(tl.float32)
         if NORMALISE:
-            taken = tl.load(scores_ptr + tokens[:, None] * E + chosen, own, other=0.0)
-            taken = taken.to(tl.float32)
             total = tl.sum(taken, 1)[:, None] + eps
-            along = tl.sum(dweight * taken, 1)[:, None] / total
-            dweight = (dweight - along) / total
-        for k in tl.static_range(K):
-            which = tl.sum(tl.where(choice == k, chosen, 0), 1)[:, None]
-            what = tl.sum(tl.where(choice == k, dweight, 0.0), 1)[:, None]
-            gradient += tl.where(expert == which, what, 0.0)
-    dlogits = gradient * score * (1.0 - score)
-    tl.store(dlogits_ptr + place, dlogits.to(dlogits_ptr.dtype.element_ty), inside)
+            along = tl.sum(gradient * taken, 1)[:, None] / total
+            gradient = (gradient - along) / total
+        if SCORES:
+            gradient += tl.load(dscores_ptr + chosen, own, other=0.0).to(tl.float32)
+        gradient *= taken * (1.0 - taken)
+        tl.debug_barrier()
+        tl.store(dlogits_ptr + chosen, gradient.to(dlogits_ptr.dtype.element_ty), own)
 
 
 class _Route(torch.autograd.Function):
@@ -137,7 +169,7 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_NE: Tensor, bias_E: Tensor, rule: Rule
+        ctx: Any, logits_NE: Tensor, bias_E: Tensor, rule: Rule, launch: tuple[int, int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits_NE = logits_NE.contiguous()
         (N, E), K = logits_NE.shape, rule.top_k
@@ -145,7 +177,7 @@ class _Route(torch.autograd.Function):
         chosen_NK = logits_NE.new_empty(N, K, dtype=torch.int64)
         weights_NK = logits_NE.new_empty(N, K)
         if N:
-            route_kernel[(triton.cdiv(N, TOKENS),)](
+            route_kernel[(triton.cdiv(N, launch[0]),)](
                 *(logits_NE, bias_E.contiguous(), chosen_NK, weights_NK, scores_NE),
                 *(N, float(rule.scale), NORM_EPS),
                 E=E,
@@ -153,42 +185,44 @@ class _Route(torch.autograd.Function):
                 GROUPS=rule.n_group,
                 KEPT=rule.topk_group,
                 NORMALISE=rule.normalise,
-                TOKENS=TOKENS,
+                TOKENS=launch[0],
                 GP=_power(rule.n_group),
                 EP=_power(E // rule.n_group),
                 KP=_power(K),
-                num_warps=WARPS,
+                INTERPRETED=interpreted(),
+                num_warps=1,
             )
         ctx.save_for_backward(scores_NE, chosen_NK)
-        ctx.rule = rule
+        ctx.rule, ctx.launch = rule, launch
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(chosen_NK)
         return chosen_NK, weights_NK, scores_NE
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         dweights_NK, dscores_NE = (None if g is None else g.contiguous() for g in grads[1:])
         if dweights_NK is None and dscores_NE is None:
-            return None, None, None
+            return None, None, None, None
         scores_NE, chosen_NK = ctx.saved_tensors
         (N, E), K = scores_NE.shape, chosen_NK.shape[1]
         dlogits_NE = torch.empty_like(scores_NE)
         if N:
-            route_backward_kernel[(triton.cdiv(N, TOKENS),)](
+            _, tokens, warps = ctx.launch
+            route_backward_kernel[(triton.cdiv(N, tokens),)](
                 *(scores_NE, chosen_NK, dweights_NK, dscores_NE, dlogits_NE),
                 *(N, float(ctx.rule.scale), NORM_EPS),
                 E=E,
                 K=K,
                 NORMALISE=ctx.rule.normalise,
-                TOKENS=TOKENS,
+                TOKENS=tokens,
                 WEIGHTS=dweights_NK is not None,
                 SCORES=dscores_NE is not None,
                 EP=_power(E),
                 KP=_power(K),
-                num_warps=WARPS,
+                num_warps=warps,
             )
-        return dlogits_NE, None, None
+        return dlogits_NE, None, None, None
 
 
 def _power(number: int) -> int:
