@@ -45,9 +45,9 @@ inline F numbers(const bf16* from, int64_t some) {
 
 inline void put(float* to, F x, int64_t some) { store(to, x, some); }
 inline void put(bf16* to, F x, int64_t some) {
-    bf16 row[LANES];
-    narrow_row(row, (const float*)&x, LANES);
-    std::memcpy(to, row, std::clamp<int64_t>(some, 0, LANES) * sizeof(bf16));
+    U16 row;
+    narrow_row((bf16*)&row, (const float*)&x, LANES);
+    store(to, row, some);
 }
 
 // Magnitudes are compared as integers, where infinity is above all numbers and NaN above that.

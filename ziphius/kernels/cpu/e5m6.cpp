@@ -44,12 +44,14 @@ inline Bytes64 spread() {
 inline void store12(uint8_t* to, U codes, int64_t some) {
     U64 pairs = (U64)codes;
     Bytes64 row = __builtin_shuffle((Bytes64)(pairs | pairs >> 20), squeezed());
-    std::memcpy(to, &row, packed_bytes(std::min(some, LANES)));
+    if (some >= LANES) std::memcpy(to, &row, packed_bytes(LANES));
+    else std::memcpy(to, &row, packed_bytes(some));
 }
 
 inline U load12(const uint8_t* from, int64_t some) {
     Bytes64 row{};
-    std::memcpy(&row, from, packed_bytes(std::min(some, LANES)));
+    if (some >= LANES) std::memcpy(&row, from, packed_bytes(LANES));
+    else std::memcpy(&row, from, packed_bytes(some));
     U64 pairs = (U64)__builtin_shuffle(row, spread());
     return (U)((pairs & 0xfff) | pairs >> 12 << 32);
 }
