@@ -45,7 +45,7 @@ class Report(NamedTuple):
     spilled: int  # bytes a thread
     shared: int  # bytes a block
     matrix: str  # wgmma, mma or nothing
-    mixed: bool  # threads exchange bytes, which Triton 3.6 mixes up
+    mixed: bool  # threads exchange a matrix of bytes, which Triton 3.6 mixes up
 
     def __str__(self) -> str:
         return (
@@ -92,7 +92,7 @@ def _compiled(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> 
     ptx = kernel.asm["ptx"]
     matrix = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
     lines = kernel.asm["ttgir"].splitlines()
-    mixed = any("convert_layout" in line and re.search("x(i8|f8)", line) for line in lines)
+    mixed = any("convert_layout" in line and re.search(r"<\d+x\d+x(i8|f8)", line) for line in lines)
     return Report(kernel.metadata.name, registers, spilled, kernel.metadata.shared, matrix, mixed)
 
 
@@ -172,29 +172,31 @@ def e5m6() -> None:
 
 
 def quantize() -> None:
-    """Every quantiser in every candidate's blocks, with and without experts."""
+    """Every quantiser, with and without experts; in other blocks for experts alone."""
     from ziphius.kernels.triton.quantize import CANDIDATES, TritonQuantize
 
     x_MC, counts_E = torch.empty(4096, 7168).bfloat16(), torch.zeros(256, dtype=torch.int64)
-    for ours in map(TritonQuantize, CANDIDATES):
-        for power_of_two in (False, True):
+    for launch in CANDIDATES:
+        ours, first = TritonQuantize(launch), launch is CANDIDATES[0]
+        for power_of_two in (False, True) if first else (False,):
             tiles = ours.tiles(x_MC, power_of_two=power_of_two)
-            for counts in (None, counts_E):
+            for counts in (None, counts_E) if first else (counts_E,):
                 ours.turn(x_MC, counts, power_of_two=power_of_two)
                 ours.regroup(tiles, counts, power_of_two=power_of_two)
                 ours.both(x_MC, counts, power_of_two=power_of_two)
-            for weight in (x_MC, torch.empty(2, 2048, 7168), torch.empty(2, 2048, 7168).bfloat16()):
-                ours.blocks(weight, power_of_two=power_of_two)
+            ours.blocks(torch.empty(2, 2048, 7168), power_of_two=power_of_two)
+    TritonQuantize().blocks(x_MC)
 
 
 def swiglu() -> None:
-    """SwiGLU with its quantisers in every candidate's blocks, with and without experts."""
+    """SwiGLU with its quantisers, with experts and, in the first blocks, without."""
     from ziphius.kernels.triton.swiglu_fp8 import CANDIDATES, TritonSwigluFp8
 
-    x_MF, gates_M = torch.empty(4096, 4096).bfloat16(), torch.empty(4096)
-    for ours in map(TritonSwigluFp8, CANDIDATES):
-        halves = x_MF.chunk(2, 1)
-        for counts, gates in ((None, None), (torch.zeros(256, dtype=torch.int64), gates_M)):
+    halves, gates_M = torch.empty(4096, 4096).bfloat16().chunk(2, 1), torch.empty(4096)
+    experts = torch.zeros(256, dtype=torch.int64), gates_M
+    for launch in CANDIDATES:
+        ours = TritonSwigluFp8(launch)
+        for counts, gates in (experts, (None, None)) if launch is CANDIDATES[0] else (experts,):
             _, gate, up = ours.forward(*halves, gates)
             ours.turned(gate, up, gates, counts)
             ours.backward(gate, up, gates, halves[0], *halves)

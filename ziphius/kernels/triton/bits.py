@@ -104,7 +104,11 @@ def to_e4m3(x: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def quotients(
-    x: tl.tensor, scale: tl.tensor, POWER_OF_TWO: tl.constexpr, INTERPRETED: tl.constexpr
+    x: tl.tensor,
+    scale: tl.tensor,
+    POWER_OF_TWO: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    EXACT: tl.constexpr = True,
 ) -> tl.tensor:
     """Return ``x / scale``, rounded as a division rounds it wherever a code depends on it.
 
@@ -112,7 +116,8 @@ def quotients(
     three multiplications instead of a division's dozen instructions. They can miss the division's
     last bit where a quotient lies within 2^-21 of its last place from the middle of two FP32
     numbers. Beside a tie of codes that needs a scale whose mantissa is within
-    2^-20 of a multiple of 1/16; the tests try all of these, and none is missed.
+    2^-20 of a multiple of 1/16; the tests try all of these, and none is missed. Where ``x`` itself
+    is off by some last places, ``EXACT`` may be false: then it is one multiplication.
     """
     # Infinity times a reciprocal of zero would turn the finite numbers of its group into NaN.
     infinite = scale == float("inf")
@@ -131,16 +136,21 @@ def quotients(
         # Multiplied by -1, since Triton's minus is a subtraction from zero. The signs of the terms
         # are those that keep a negative zero negative.
         quotient = x * near
-        quotient = tl.fma(tl.fma(quotient, divisor, x * -1.0), near * -1.0, quotient)
+        if EXACT:
+            quotient = tl.fma(tl.fma(quotient, divisor, x * -1.0), near * -1.0, quotient)
     return quotient
 
 
 @triton.jit
 def encode(
-    x: tl.tensor, scale: tl.tensor, POWER_OF_TWO: tl.constexpr, INTERPRETED: tl.constexpr
+    x: tl.tensor,
+    scale: tl.tensor,
+    POWER_OF_TWO: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    EXACT: tl.constexpr = True,
 ) -> tl.tensor:
     """Return ``e4m3(x / scale)`` as uint8; ``scale`` may have dimensions of one."""
-    return to_e4m3(quotients(x, scale, POWER_OF_TWO, INTERPRETED), INTERPRETED)
+    return to_e4m3(quotients(x, scale, POWER_OF_TWO, INTERPRETED, EXACT), INTERPRETED)
 
 
 @triton.jit

@@ -147,11 +147,12 @@ def store_groups(
     valid: tl.tensor,
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    EXACT: tl.constexpr = True,
 ) -> None:
     """Quantise groups, ``[G, 128]``, and store them at their rows and tiles, each ``[G]``."""
     scale = scale_of_magnitude(largest(x, 1, INTERPRETED), POWER_OF_TWO, INTERPRETED)
     column = (tile * 128)[:, None] + tl.arange(0, 128)[None, :]
-    code = encode(x, scale[:, None], POWER_OF_TWO, INTERPRETED)
+    code = encode(x, scale[:, None], POWER_OF_TWO, INTERPRETED, EXACT)
     at = codes + (row * columns)[:, None] + column
     tl.store(at, code, mask=valid[:, None] & (column < columns))
     tl.store(scales + row * tl.cdiv(columns, 128) + tile, scale, mask=valid)
@@ -196,6 +197,7 @@ def store_turned(
     width: tl.tensor,
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    EXACT: tl.constexpr = True,
 ) -> None:
     """Quantise the columns of 128 rows and store them as rows ``channel``, ``[C]``.
 
@@ -207,10 +209,10 @@ def store_turned(
     scale = scale_of_magnitude(largest(top, 0, INTERPRETED), POWER_OF_TWO, INTERPRETED)
     by = scale[None, :]
     word = word_of(
-        quotients(a, by, POWER_OF_TWO, INTERPRETED),
-        quotients(b, by, POWER_OF_TWO, INTERPRETED),
-        quotients(c, by, POWER_OF_TWO, INTERPRETED),
-        quotients(d, by, POWER_OF_TWO, INTERPRETED),
+        quotients(a, by, POWER_OF_TWO, INTERPRETED, EXACT),
+        quotients(b, by, POWER_OF_TWO, INTERPRETED, EXACT),
+        quotients(c, by, POWER_OF_TWO, INTERPRETED, EXACT),
+        quotients(d, by, POWER_OF_TWO, INTERPRETED, EXACT),
         INTERPRETED,
     )
     row = channel.to(tl.int64)

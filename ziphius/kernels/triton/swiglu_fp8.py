@@ -48,7 +48,7 @@ CANDIDATES = (
 
 
 class TritonSwigluFp8:
-    """What ``TorchSwigluFp8`` does. A sigmoid may differ from torch's in its last bits."""
+    """What ``TorchSwigluFp8`` does. A product may differ from torch's in its last bits."""
 
     def __init__(self, launch: Launch | None = None) -> None:
         self.launch = launch or Launch()
@@ -202,7 +202,16 @@ def _swiglu_kernel(
     if gates is not None:
         hidden *= tl.load(gates + row, mask=valid, other=0.0)[:, None]
     store_groups(
-        hidden, hidden_codes, hidden_scales, row, tile, columns, valid, POWER_OF_TWO, INTERPRETED
+        hidden,
+        hidden_codes,
+        hidden_scales,
+        row,
+        tile,
+        columns,
+        valid,
+        POWER_OF_TWO,
+        INTERPRETED,
+        EXACT=False,
     )
 
 
@@ -236,7 +245,19 @@ def _swiglu_turned_kernel(
     c = _hidden(inputs, 2, place, INTERPRETED)
     d = _hidden(inputs, 3, place, INTERPRETED)
     store_turned(
-        a, b, c, d, codes, scales, channel, tile, columns, width, POWER_OF_TWO, INTERPRETED
+        a,
+        b,
+        c,
+        d,
+        codes,
+        scales,
+        channel,
+        tile,
+        columns,
+        width,
+        POWER_OF_TWO,
+        INTERPRETED,
+        EXACT=False,
     )
 
 
