@@ -50,7 +50,7 @@ def report(
         "benchmark": name,
         **figures,
         "date": date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *map(_without_folder, sys.argv)]),
         "commit": commit or _git("rev-parse", "--short", "HEAD") + _changed(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
@@ -62,6 +62,11 @@ def report(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     print(json.dumps(result))
+
+
+def _without_folder(argument: str) -> str:
+    """Name a file by itself: where a machine has it is nobody's business."""
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def _changed() -> str:

@@ -28,10 +28,11 @@ class KeptOutput:
 
     def restore(self, tensors: tuple[Tensor, ...], like_BHTv: Tensor) -> Tensor:
         """Decode what was saved to the shape and dtype of the values."""
-        heads, padded = like_BHTv.shape[1], like_BHTv.shape[-1]
+        heads, length, padded = like_BHTv.shape[1:]
         rows_BTo = self.rows(tensors, heads * self.width, like_BHTv.dtype)
         out_BHTv = rows_BTo.unflatten(-1, (heads, self.width)).transpose(1, 2)
-        return F.pad(out_BHTv, (0, padded - self.width)) if padded > self.width else out_BHTv
+        missing = (padded - self.width, length - out_BHTv.shape[2])
+        return F.pad(out_BHTv, (0, missing[0], 0, missing[1])) if any(missing) else out_BHTv
 
     def rows(self, tensors: tuple[Tensor, ...], width: int, dtype: torch.dtype) -> Tensor:
         """Decode what was saved, as rows ``[B, T, width]``."""

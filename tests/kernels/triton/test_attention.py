@@ -12,6 +12,8 @@ from torch import Tensor
 from tests.kernels.triton.conftest import ON_GPU
 from tests.kernels.triton.near import assert_near
 from ziphius.kernels.attention import causal_attention_reference
+from ziphius.kernels.e5m6 import TorchE5M6
+from ziphius.kernels.kept import KeptOutput
 from ziphius.kernels.triton.attention import Launch, Tiles, causal_attention_triton, parts
 
 SMALL = Tiles(Launch(16, 16, 4, 1), Launch(16, 16, 4, 1), Launch(16, 16, 4, 1))
@@ -156,3 +158,28 @@ def test_columns_are_split_where_that_wastes_nothing() -> None:
     assert parts(128) == (128, 0)
     assert parts(24) == (16, 16)
     assert parts(5) == (16, 0)
+
+
+@pytest.mark.parametrize("T", [40, 64])
+def test_what_is_kept_of_the_output_is_read_in_backward(
+    T: int, device: torch.device, storage: torch.dtype
+) -> None:
+    """Gradients are those of the reference that keeps the same twelve bits; padding is not kept."""
+    torch.manual_seed(5)
+    q, k, v = (heads(2, 3, T, w, storage, device) for w in (24, 24, 20))
+    dout, results = torch.randn(2, T, 3, 20).transpose(1, 2), []
+    for attend, where in (
+        (causal_attention_triton, device),
+        (causal_attention_reference, torch.device("cpu")),
+    ):
+        kept = KeptOutput(20, TorchE5M6())
+        given = [x.detach().to(where).requires_grad_() for x in (q, k, v)]
+        out = attend(*given, 0.3, None, kept)
+        out.backward(dout.to(where, storage))
+        assert kept.tensors[0].shape == (2, T, 90)  # 60 numbers of twelve bits
+        results.append([out.detach(), *(x.grad for x in given)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        near = (ours.cpu() - theirs).norm() / theirs.norm()
+        assert near < 2**-7, "an output near a tie of the twelve bits may round the other way"

@@ -42,6 +42,11 @@ class Tiles(NamedTuple):
     dq: Launch
     dkdv: Launch
 
+    def whole(self, length: int) -> int:
+        """Return the least length that is whole blocks for all three, not below ``length``."""
+        block = max(size for launch in self for size in (launch.own, launch.met))
+        return -(-length // block) * block
+
 
 # The first is the choice, the others are what a benchmark may try instead.
 HALF_TILES = (
@@ -69,14 +74,24 @@ def causal_attention_triton(
     which pays where the documents of a row stand one after the other. Every head's columns lie
     side by side (else a copy is made); results have the memory ``[B, T, H, v]``.
     """
-    D, V = q_BHTd.shape[-1], v_BHTv.shape[-1]
-    whole, padded = sum(parts(D)), _power(V)
-    if (whole, padded) != (D, V):
-        # Odd widths of small models: columns of zeros change nothing, and kernels mask no columns.
-        q_BHTd, k_BHTd = (F.pad(x, (0, whole - D)) for x in (q_BHTd, k_BHTd))
-        v_BHTv = F.pad(v_BHTv, (0, padded - V))
-    out_BHTv = _Attention.apply(q_BHTd, k_BHTd, v_BHTv, scale, documents_BT, kept, tiles)
-    return out_BHTv[..., :V]
+    T, V = v_BHTv.shape[2:]
+    tiles = tiles or choose_tiles(q_BHTd.dtype, q_BHTd.shape[-1] + V)
+    wide, padded, length = sum(parts(q_BHTd.shape[-1])), _power(V), tiles.whole(T)
+    q_BHTd, k_BHTd = (_padded(x, length, wide) for x in (q_BHTd, k_BHTd))
+    v_BHTv = _padded(v_BHTv, length, padded)
+    if documents_BT is not None:
+        documents_BT = F.pad(documents_BT, (0, length - T), value=-1)
+    out_BHTv = _Attention.apply(q_BHTd, k_BHTd, v_BHTv, scale, documents_BT, kept, tiles, T)
+    return out_BHTv[:, :, :T, :V]
+
+
+def _padded(x_BHTd: Tensor, length: int, width: int) -> Tensor:
+    """Add zeros up to whole blocks: a GPU read outside of ragged ones, so kernels are given none.
+
+    Keys behind the last position are behind every query; columns of zeros change no score.
+    """
+    T, d = x_BHTd.shape[2:]
+    return x_BHTd if (T, d) == (length, width) else F.pad(x_BHTd, (0, width - d, 0, length - T))
 
 
 @triton.jit
@@ -194,11 +209,11 @@ class _Attention(torch.autograd.Function):
         scale: float,
         documents_BT: Tensor | None,
         kept: KeptOutput | None,
-        tiles: Tiles | None,
+        tiles: Tiles,
+        length: int,
     ) -> Tensor:
         q_BHTd, k_BHTd, v_BHTv = (_rows(x) for x in (q_BHTd, k_BHTd, v_BHTv))
         B, H, T, _ = q_BHTd.shape
-        tiles = tiles or choose_tiles(q_BHTd.dtype, q_BHTd.shape[-1] + v_BHTv.shape[-1])
         if documents_BT is not None:
             documents_BT = documents_BT.to(torch.int32).contiguous()
         out_BHTv = _like(v_BHTv)
@@ -215,7 +230,7 @@ class _Attention(torch.autograd.Function):
                 num_warps=launch.warps,
                 num_stages=launch.stages,
             )
-        saved = (out_BHTv,) if kept is None else kept.keep(out_BHTv)
+        saved = (out_BHTv,) if kept is None else kept.keep(out_BHTv[:, :, :length])
         ctx.save_for_backward(*inputs, lse_BHT, documents_BT, *reach, *saved)
         ctx.scale, ctx.tiles, ctx.kept = scale, tiles, kept
         return out_BHTv
@@ -250,7 +265,7 @@ class _Attention(torch.autograd.Function):
                     num_warps=launch.warps,
                     num_stages=launch.stages,
                 )
-        return dq_BHTd, dk_BHTd, dv_BHTv, None, None, None, None
+        return dq_BHTd, dk_BHTd, dv_BHTv, None, None, None, None, None
 
 
 def choose_tiles(dtype: torch.dtype, width: int) -> Tiles:
