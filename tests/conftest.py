@@ -16,6 +16,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Where there is no GPU its kernels are interpreted, which is decided when one is decorated.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from ziphius.kernels.cpu.library import COMPILER, Library, build
 from ziphius.kernels.select import Kernels, answering_kernels
 

@@ -6,7 +6,6 @@ are stored in FP32; exact bits of BF16 are a matter for a GPU.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +13,6 @@ import pytest
 import torch
 
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    # Triton reads it when a kernel is decorated, so it is set before any is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")
