@@ -127,12 +127,13 @@ def _rows_times(
 
 
 def keep_gradient(parameter: Tensor) -> None:
-    """Drop a parameter's gradient, and keep its memory for the next one.
+    """Drop a parameter's gradient, and on a processor keep its memory for the next one.
 
-    Memory that is given back is taken anew page by page in every step, which costs more than what
-    is written there.
+    Memory that is given back there is taken anew page by page in every step, which costs more than
+    what is written. torch itself keeps a GPU's.
     """
-    parameter.spare_gradient = parameter.grad  # type: ignore[attr-defined]
+    if parameter.device.type == "cpu":
+        parameter.spare_gradient = parameter.grad  # type: ignore[attr-defined]
     parameter.grad = None
 
 
