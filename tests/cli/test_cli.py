@@ -350,7 +350,7 @@ def test_quickstart_wants_a_number_of_minutes(
         ("x", ["--speculation", "maybe"], "use off, auto or on"),
         ("x", ["--speculation", "on", "--without-mtp"], "no MTP module"),
         ("x", ["--draft-depth", "0"], "draft depth = 0"),
-        ("x", ["--kernels", "cuda"], "use auto, compiled or torch"),
+        ("x", ["--kernels", "cuda"], "use auto, compiled, torch or triton"),
         ("x", ["--cache-tokens", "0"], "holds nothing"),
         ("x", ["--cache-tokens", "32", "--max-tokens", "60"], "give the cache more memory"),
         ("x", ["--input-file", "x"], "either a PROMPT or --input-file"),

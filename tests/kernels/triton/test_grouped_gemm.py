@@ -144,5 +144,5 @@ def test_table_of_groups(device: torch.device) -> None:
 
 
 def test_choice_is_by_shape() -> None:
-    assert rows_config(32768, 4096, 4).engine == "hopper"
+    assert rows_config(32768, 4096, 4).engine == "pairs"
     assert rows_config(256, 4096, 8).engine == "plain"

@@ -38,8 +38,8 @@ from ziphius.kernels.triton.product import Config, Shape
 from ziphius.kernels.triton.tiles import ALONG_K, ROWS, locate
 
 # Triton 3.6 and later ones call them differently.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+_LOAD = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_BARRIER = getattr(gl, "barrier", None) or gl.thread_barrier
 # Columns behind the scales of the last row: no tile is taller.
 _ROOM = 192
 
@@ -65,8 +65,8 @@ def _produce(
             mbarrier.expect(ready, (BLOCK_M + 128) * 128)
             for i in gl.static_range(PIECES):
                 piece = a_ring.index(slot * PIECES + i)
-                _load(a, [row + i * 64, group * 128], ready, piece)
-            _load(b, [b_row, group * 128], ready, b_ring.index(slot))
+                _LOAD(a, [row + i * 64, group * 128], ready, piece)
+            _LOAD(b, [b_row, group * 128], ready, b_ring.index(slot))
             slot += 1
             if slot == STAGES:
                 slot = 0
@@ -163,7 +163,7 @@ def _hopper_kernel(
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=CONSUMERS)
-    _barrier()
+    _BARRIER()
     row_tiles = gl.load(total) if FORM == ROWS else gl.cdiv(M, BLOCK_M)
     tiles = row_tiles * gl.cdiv(N, 128)
     if FORM == ALONG_K:

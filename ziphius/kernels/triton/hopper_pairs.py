@@ -37,8 +37,8 @@ from ziphius.kernels.triton.product import Config, Shape
 from ziphius.kernels.triton.tiles import ALONG_K, ROWS, locate
 
 # Triton 3.6 and later ones call them differently.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+_LOAD = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_BARRIER = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
@@ -82,14 +82,14 @@ def _produce(
             ready = full.index(slot)
             mbarrier.wait(empty.index(slot), turn)
             mbarrier.expect(ready, (128 + 128) * 128 + OTHERS + SCALES)
-            _load(a, [row, group * 128], ready, a_ring.index(slot * 2))
-            _load(a, [row + 64, group * 128], ready, a_ring.index(slot * 2 + 1))
-            _load(b, [b_row, group * 128], ready, b_ring.index(slot))
+            _LOAD(a, [row, group * 128], ready, a_ring.index(slot * 2))
+            _LOAD(a, [row + 64, group * 128], ready, a_ring.index(slot * 2 + 1))
+            _LOAD(b, [b_row, group * 128], ready, b_ring.index(slot))
             if WIDE:
                 other_row = b_row + other - column
-                _load(others, [other_row, group * 128], ready, other_ring.index(slot))
+                _LOAD(others, [other_row, group * 128], ready, other_ring.index(slot))
             if B_ROWS == 1:
-                _load(b_scales, [group, b_row], ready, scale_ring.index(slot))
+                _LOAD(b_scales, [group, b_row], ready, scale_ring.index(slot))
             slot, turn = _advance(slot, turn, STAGES)
 
 
@@ -236,7 +236,7 @@ def _pairs_kernel(
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=2)
-    _barrier()
+    _BARRIER()
     row_tiles = gl.load(total) if FORM == ROWS else gl.cdiv(M, 128)
     tiles = row_tiles * gl.cdiv(N, 192 if WIDE else 128)
     if FORM == ALONG_K:
