@@ -1,6 +1,6 @@
 """The choice of experts for processors: one visit a token, where torch sorts and masks in turn.
 
-What it computes is written out in ``model/router.py``.
+What it computes is written out in ``route.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def choose_compiled(
     n_group: int,
     topk_group: int,
 ) -> Tensor:
-    """Do what ``model.router.choose`` does; of equal scores the expert with the lowest number."""
+    """Do what ``route.choose`` does; of equal scores the expert with the lowest number."""
     scores_NE = scores_NE.contiguous()
     chosen_NK = torch.empty(len(scores_NE), top_k, dtype=torch.int64)
     sizes = (*scores_NE.shape, top_k, n_group, topk_group)
@@ -49,7 +49,7 @@ def gate_compiled(
     scale: float,
     least: float,
 ) -> Tensor:
-    """Do what ``model.router.gate`` does without a gradient, sums in the order of the choices."""
+    """Do what ``route.gate`` does without a gradient, sums in the order of the choices."""
     scores_NE = scores_NE.contiguous()
     weights_NK = scores_NE.new_empty(chosen_NK.shape)
     sizes = (*scores_NE.shape, chosen_NK.shape[1], int(normalise), least, scale)

@@ -21,6 +21,31 @@ class Rule(NamedTuple):
     scale: float
 
 
+def choose(scores_NE: Tensor, bias_E: Tensor, top_k: int, n_group: int, topk_group: int) -> Tensor:
+    """Choose ``top_k`` experts a token among those of its best groups: int64 ``[N, K]``.
+
+    The bias takes part here and nowhere else (eq. 16). A group's score is the sum of its two best
+    biased scores; experts of other groups are out of the question, hence minus infinity and not
+    zero, which a negative biased score would lose to (facts 1.7, 13.2).
+    """
+    biased_NE = scores_NE + bias_E
+    if n_group > 1:
+        grouped_NGe = biased_NE.unflatten(-1, (n_group, -1))
+        group_scores_NG = grouped_NGe.topk(2, dim=-1).values.sum(-1)
+        kept_NG = group_scores_NG.topk(topk_group, dim=-1).indices
+        excluded_NG = torch.ones_like(group_scores_NG, dtype=torch.bool).scatter(1, kept_NG, False)
+        biased_NE = grouped_NGe.masked_fill(excluded_NG.unsqueeze(-1), float("-inf")).flatten(-2)
+    return biased_NE.topk(top_k, dim=-1).indices
+
+
+def gate(scores_NE: Tensor, chosen_NK: Tensor, *, normalise: bool, scale: float) -> Tensor:
+    """Weigh the chosen experts by their unbiased scores (eq. 13-15), times the routed scale."""
+    weights_NK = scores_NE.gather(1, chosen_NK)
+    if normalise:
+        weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + NORM_EPS)
+    return weights_NK * scale
+
+
 def route_reference(
     logits_NE: Tensor,
     bias_E: Tensor,
@@ -39,16 +64,6 @@ def route_reference(
     """
     scores_NE = logits_NE.sigmoid()
     with torch.no_grad():
-        biased_NE = scores_NE + bias_E
-        if n_group > 1:
-            grouped_NGe = biased_NE.unflatten(-1, (n_group, -1))
-            group_scores_NG = grouped_NGe.topk(2, dim=-1).values.sum(-1)
-            kept_NG = group_scores_NG.topk(topk_group, dim=-1).indices
-            left_out_NG = torch.ones_like(group_scores_NG, dtype=torch.bool)
-            left_out_NG = left_out_NG.scatter(1, kept_NG, False).unsqueeze(-1)
-            biased_NE = grouped_NGe.masked_fill(left_out_NG, float("-inf")).flatten(-2)
-        chosen_NK = biased_NE.topk(top_k, dim=-1).indices
-    weights_NK = scores_NE.gather(1, chosen_NK)
-    if normalise:
-        weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + NORM_EPS)
-    return chosen_NK, weights_NK * scale, scores_NE
+        chosen_NK = choose(scores_NE, bias_E, top_k, n_group, topk_group)
+    weights_NK = gate(scores_NE, chosen_NK, normalise=normalise, scale=scale)
+    return chosen_NK, weights_NK, scores_NE

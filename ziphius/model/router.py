@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ziphius.config.model import ModelConfig
+from ziphius.kernels.route import NORM_EPS, choose, gate
 from ziphius.kernels.select import Kernels
 from ziphius.model.layers import Device
 from ziphius.model.precision import Precision
-
-# Keeps normalisations finite when every score underflows (facts 1.7, step 7).
-NORM_EPS = 1e-20
 
 
 class Routing(NamedTuple):
@@ -22,31 +20,6 @@ class Routing(NamedTuple):
     chosen_NK: Tensor  # int64 expert ids
     weights_NK: Tensor  # gate values, normalised and scaled, in the order of the ids
     scores_NE: Tensor  # unbiased sigmoid affinities
-
-
-def choose(scores_NE: Tensor, bias_E: Tensor, top_k: int, n_group: int, topk_group: int) -> Tensor:
-    """Choose ``top_k`` experts a token among those of its best groups: int64 ``[N, K]``.
-
-    The bias takes part here and nowhere else (eq. 16). A group's score is the sum of its two best
-    biased scores; experts of other groups are out of the question, hence minus infinity and not
-    zero, which a negative biased score would lose to (facts 1.7, 13.2).
-    """
-    biased_NE = scores_NE + bias_E
-    if n_group > 1:
-        grouped_NGe = biased_NE.unflatten(-1, (n_group, -1))
-        group_scores_NG = grouped_NGe.topk(2, dim=-1).values.sum(-1)
-        kept_NG = group_scores_NG.topk(topk_group, dim=-1).indices
-        excluded_NG = torch.ones_like(group_scores_NG, dtype=torch.bool).scatter(1, kept_NG, False)
-        biased_NE = grouped_NGe.masked_fill(excluded_NG.unsqueeze(-1), float("-inf")).flatten(-2)
-    return biased_NE.topk(top_k, dim=-1).indices
-
-
-def gate(scores_NE: Tensor, chosen_NK: Tensor, *, normalise: bool, scale: float) -> Tensor:
-    """Weigh the chosen experts by their unbiased scores (eq. 13-15), times the routed scale."""
-    weights_NK = scores_NE.gather(1, chosen_NK)
-    if normalise:
-        weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + NORM_EPS)
-    return weights_NK * scale
 
 
 class Router(nn.Module):
