@@ -13,6 +13,7 @@ from ziphius.config.errors import BadInput
 from ziphius.inference import choose
 from ziphius.inference.choose import choose_device, choose_kernels
 from ziphius.inference.llm import LLM
+from ziphius.kernels import select
 from ziphius.kernels.select import ANSWER_ON_GPUS, ON_GPUS, TRITON, Kernels, gpu_answering_kernels
 
 GPU = torch.device("cuda", 0)
@@ -84,7 +85,7 @@ def test_kernels_for_gpus_on_a_processor_need_the_interpreter(
     assert "\n" not in str(error.value)
     monkeypatch.setattr(bits, "interpreted", lambda: True)
     assert choose_kernels(TRITON, exact=False) == gpu_answering_kernels()
-    monkeypatch.setattr(choose, "has_triton", lambda: False)
+    monkeypatch.setattr(select, "has_triton", lambda: False)
     with pytest.raises(BadInput, match="the package triton is not installed"):
         choose_kernels(TRITON, exact=False)
 

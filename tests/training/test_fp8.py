@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.support import random_batch, random_model, step_settings, tiny_config
 from tests.training.support import Silent, assert_same_run
 from tests.training.support import recipe as small_recipe
+from ziphius.config.errors import BadInput
 from ziphius.config.pretrain import PretrainConfig
 from ziphius.inference.llm import LLM
 from ziphius.inference.params import SamplingParams
@@ -30,7 +31,7 @@ from ziphius.model.weights import named_weights
 from ziphius.parallel.recompute import apply_recompute
 from ziphius.training.folder import RunFolder
 from ziphius.training.optimizer import AdamW
-from ziphius.training.run import pretrain
+from ziphius.training.run import pretrain, resolve
 from ziphius.training.step import train_step
 
 FP8 = Precision.for_fp8_training()
@@ -306,3 +307,17 @@ def test_a_run_in_fp8_goes_on_bit_for_bit(words: Path, tmp_path: Path) -> None:
         pretrain(recipe, RunFolder(tmp_path / "half"), Silent(stop))
     pretrain(recipe, RunFolder(tmp_path / "half", resume=True), Silent())
     assert_same_run(tmp_path / "half", tmp_path / "whole")
+
+
+def test_kernels_for_gpus_are_refused_on_a_processor(
+    words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    from ziphius.kernels.triton import bits
+
+    recipe = small_recipe(words, "run.kernels=triton")
+    monkeypatch.setattr(bits, "interpreted", lambda: False)
+    with pytest.raises(BadInput, match="kernels = 'triton': processors run them under Triton's"):
+        resolve(recipe)
+    monkeypatch.setattr(bits, "interpreted", lambda: True)
+    assert resolve(recipe).run.kernels == "triton"

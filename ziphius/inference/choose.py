@@ -16,6 +16,7 @@ from ziphius.kernels.select import (
     gpu_answering_kernels,
     has_compiler,
     has_triton,
+    require_interpreter,
 )
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def choose_kernels(
     if device.type != "cpu":
         return _for_gpu(name, exact)
     if name == TRITON:
-        _require_interpreter()
+        require_interpreter()
         return gpu_answering_kernels()
     compiled = name == "compiled" or (name == "auto" and has_compiler())
     choose = answering_kernels if exact else fast_kernels
@@ -89,16 +90,3 @@ def _for_gpu(name: str, exact: bool) -> Kernels:
         )
     use = name == TRITON or (name == "auto" and has_triton())
     return gpu_answering_kernels() if use else Kernels()
-
-
-def _require_interpreter() -> None:
-    """On processors these kernels run under Triton's interpreter alone, for tests."""
-    if not has_triton():
-        raise BadInput(f"kernels = '{TRITON}': the package triton is not installed")
-    from ziphius.kernels.triton import bits
-
-    if not bits.interpreted():
-        raise BadInput(
-            f"kernels = '{TRITON}': processors run them under Triton's interpreter alone, very "
-            "slowly: give device='cuda' (--device cuda), or set TRITON_INTERPRET=1"
-        )

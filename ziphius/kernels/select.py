@@ -258,6 +258,19 @@ def has_triton() -> bool:
     return importlib.util.find_spec(TRITON) is not None
 
 
+def require_interpreter() -> None:
+    """Raise BadInput where processors are to run kernels for GPUs, but under the interpreter."""
+    if not has_triton():
+        raise BadInput(f"kernels = '{TRITON}': the package triton is not installed")
+    from ziphius.kernels.triton import bits
+
+    if not bits.interpreted():
+        raise BadInput(
+            f"kernels = '{TRITON}': processors run them under Triton's interpreter alone, very "
+            "slowly: name a GPU as the device (cuda), or set TRITON_INTERPRET=1"
+        )
+
+
 def widening_pays(size: int = 512, rounds: int = 12) -> bool:
     """Measure whether a product in FP32 is faster here than one in BF16, each at its best.
 

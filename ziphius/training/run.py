@@ -16,6 +16,7 @@ from ziphius.kernels.select import (
     compiled_kernels,
     has_compiler,
     has_triton,
+    require_interpreter,
     triton_kernels,
     widening_pays,
 )
@@ -49,7 +50,7 @@ class Trained:
 def resolve(recipe: Recipe) -> Recipe:
     """Write down what a recipe leaves to the machine: threads, kernels, and products.
 
-    Raises BadInput for a device that cannot be had.
+    Raises BadInput for a device that cannot be had, and for kernels that it cannot run.
     """
     try:
         torch.empty(0, device=recipe.run.device)
@@ -70,6 +71,8 @@ def resolve(recipe: Recipe) -> Recipe:
     if run.products == "auto":
         in_bf16 = on_processor and recipe.precision.compute in ("bfloat16", "fp8")
         chosen["products"] = "widened" if in_bf16 and widening_pays() else "native"
+    if on_processor and chosen["kernels"] == "triton":
+        require_interpreter()
     return recipe.model_copy(update={"run": run.model_copy(update=chosen)})
 
 
