@@ -7,7 +7,7 @@ transposed and grouped anew. A turned matrix again has tiles of one row, and eve
 ``A B^T`` of two matrices whose groups run along the dimension that is summed.
 
 A group of numbers that are not finite becomes NaN as a whole: it must be seen, not saturated. No
-finite number is out of range, because the scale comes from the largest one.
+finite number is out of the codes' range, because the scale comes from the largest one.
 """
 
 from __future__ import annotations
