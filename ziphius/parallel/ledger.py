@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -99,25 +99,30 @@ class _Entry(NamedTuple):
 
 
 class Ledger:
-    """Knows, during one forward pass, which live storages can be computed again."""
+    """Knows, during a forward pass, which live storages can be computed again."""
 
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}
         self._watching = False
 
+    def watching(self) -> AbstractContextManager[None]:
+        """Return what replaces that which autograd saves, for the length of a forward pass.
+
+        A pass that another one interrupts leaves it and enters it again.
+        """
+        return _Pass(self)
+
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Replace what autograd saves, for the length of a forward pass."""
+    def _turn(self, entries: dict[int, _Entry]) -> Iterator[None]:
         if not torch.is_grad_enabled():
             yield
             return
-        self._watching = True
+        self._entries, self._watching = entries, True
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
                 yield
         finally:
-            self._watching = False
-            self._entries.clear()
+            self._entries, self._watching = {}, False
 
     def record(self, module: nn.Module, name: str) -> None:
         """Record the outputs of one method of one module."""
@@ -156,6 +161,23 @@ class Ledger:
         held = self._hold(tensor)
         held.claim()
         return held
+
+
+class _Pass(AbstractContextManager[None]):
+    """One forward pass, and what it has recorded so far."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger, self._entries = ledger, dict[int, _Entry]()
+        self._turn: AbstractContextManager[None] | None = None
+
+    def __enter__(self) -> None:
+        self._turn = self._ledger._turn(self._entries)
+        self._turn.__enter__()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        assert self._turn is not None, "left after it was entered"
+        turn, self._turn = self._turn, None
+        return turn.__exit__(*raised)
 
 
 def shadow(module: nn.Module, name: str, function: Callable[..., Any]) -> None:

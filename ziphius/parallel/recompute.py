@@ -25,7 +25,7 @@ from ziphius.model.layers import RMSNorm
 from ziphius.model.mla import MLA
 from ziphius.model.rope import Rope
 from ziphius.model.router import Router
-from ziphius.model.transformer import Features, Transformer
+from ziphius.model.transformer import Transformer
 from ziphius.parallel.ledger import Ledger, shadow
 
 # What selective recomputation computes again: these methods of these modules.
@@ -42,7 +42,7 @@ SELECTIVE = (
 def apply_recompute(model: Transformer, how: Literal["none", "selective", "full"]) -> None:
     """Make a model recompute activations in backward, as ``parallel.recompute`` says.
 
-    *Selective* works in ``Transformer.features``, the forward pass of training.
+    *Selective* works in ``Transformer.training_pass``, so in ``features``.
     """
     if how == "selective":
         _recompute_functions(model)
@@ -59,15 +59,7 @@ def _recompute_functions(model: Transformer) -> None:
         for kind, method in SELECTIVE:
             if isinstance(module, kind):
                 ledger.record(module, method)
-    features = type(model).features
-
-    def watched(
-        model: Transformer, tokens_BS: Tensor, documents_BS: Tensor | None = None
-    ) -> Features:
-        with ledger.watching():
-            return features(model, tokens_BS, documents_BS)
-
-    shadow(model, "features", watched)
+    shadow(model, "training_pass", lambda model: ledger.watching())
 
 
 def _recompute_stages(block: Block) -> None:
