@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ziphius.kernels.e5m6 import Version
 from ziphius.kernels.kept import KeptOutput
+from ziphius.kernels.later import Later, put_off
 from ziphius.kernels.quantize import E4M3, Fp8, Quantize
 from ziphius.kernels.swiglu_fp8 import SwigluFp8
 
@@ -42,6 +43,25 @@ class Tiled(NamedTuple):
 Operand = Tensor | Tiled
 
 
+class Arrived:
+    """Where a dispatcher leaves a gradient that travelled in tiles, for the product's backward.
+
+    Autograd hands on a tensor of the gradient's shape that nobody reads.
+    """
+
+    def __init__(self) -> None:
+        self._tiles: Fp8 | None = None
+
+    def put(self, tiles: Fp8) -> None:
+        """Leave the tiles of a gradient ``[M, O]``."""
+        self._tiles = tiles
+
+    def take(self) -> Fp8 | None:
+        """Return what was left, once; None where gradients come as numbers."""
+        tiles, self._tiles = self._tiles, None
+        return tiles
+
+
 class Fp8Weight(NamedTuple):
     """A weight as products meet it: forward ``[.., O, I]``, and transposed for backward.
 
@@ -58,7 +78,7 @@ class Arithmetic:
 
     ``power_of_two`` makes every scale a power of two (UE8M0, as V3.1); without it only those are
     which the report wants so: rows that are dispatched, in both directions, and what is kept for
-    the output projection.
+    the output projection. Gradients of weights may wait in ``later``.
     """
 
     quantize: Quantize
@@ -69,6 +89,7 @@ class Arithmetic:
     swiglu: SwigluFp8
     e5m6: Version
     power_of_two: bool = False
+    later: Later | None = None
 
     def operand(self, x: Operand, *, power_of_two: bool = False) -> Tiled:
         """Bring an activation to the form of products, if it is not in it."""
@@ -112,13 +133,15 @@ class Arithmetic:
         weight: Tensor,
         form: Fp8Weight,
         counts_E: Tensor | None = None,
+        gradient: Arrived | None = None,
     ) -> Tensor:
         """Apply SwiGLU, the routing weights and the down projection; keep only FP8 inputs.
 
         ``gate`` and ``up`` are ``[..., F]``, or ``gate`` holds both side by side. With ``counts``
-        the weight is a stack, one matrix a segment of rows.
+        the weight is a stack, one matrix a segment of rows, and the result's gradient may be in
+        ``gradient``.
         """
-        out: Tensor = _Gated.apply(self, gate, up, gates_M, weight, form, counts_E)
+        out: Tensor = _Gated.apply(self, gate, up, gates_M, weight, form, counts_E, gradient)
         return out
 
     def few(
@@ -170,9 +193,10 @@ class _Linear(torch.autograd.Function):
         saved: tuple[Tensor, ...],
     ) -> Tensor:
         ctx.how, ctx.form, ctx.kept = how, form, kept
-        ctx.shape, ctx.weight_dtype = value.shape, weight_OI.dtype
+        ctx.shape, ctx.parameter = value.shape, weight_OI
         ctx.save_for_backward(*saved)
-        return how.gemm(rows, form.blocks, value.dtype).view(*value.shape[:-1], -1)
+        out = how.gemm(rows, form.blocks, value.dtype)
+        return out.view(*value.shape[:-1], out.shape[-1])  # of no rows too
 
     @staticmethod
     @once_differentiable
@@ -183,21 +207,33 @@ class _Linear(torch.autograd.Function):
         dx = dweight = None
         if ctx.needs_input_grad[1]:
             dx = how.gemm(dout, ctx.form.transposed, dout_NO.dtype).view(ctx.shape)
+        saved, weight_OI, kept, dtype = ctx.saved_tensors, ctx.parameter, ctx.kept, dout_NO.dtype
+        width = ctx.shape[-1]
+
+        def gradient() -> Tensor:
+            x = _turned_input(how, saved, kept, width, dtype)
+            return how.gemm(turned, x, weight_OI.dtype)
+
         if ctx.needs_input_grad[3]:
-            dweight = how.gemm(turned, _turned_input(ctx, dout_NO.dtype), ctx.weight_dtype)
+            dweight = put_off(how.later, weight_OI, gradient)
         return None, dx, None, dweight, None, None, None
 
 
-def _turned_input(ctx: Any, dtype: torch.dtype) -> Fp8:
+def _turned_input(
+    how: Arithmetic,
+    saved: tuple[Tensor, ...],
+    output: KeptOutput | None,
+    width: int,
+    dtype: torch.dtype,
+) -> Fp8:
     """Turn the kept input. In E5M6 its scales are powers of two, and then so are the new ones.
 
     BF16 holds E5M6 exactly.
     """
-    how: Arithmetic = ctx.how
-    if ctx.kept is not None:
-        rows = ctx.kept.rows(ctx.saved_tensors, ctx.shape[-1], dtype)
+    if output is not None:
+        rows = output.rows(saved, width, dtype)
         return how.quantize.turn(rows.flatten(0, -2), power_of_two=True)
-    codes, scales = ctx.saved_tensors
+    codes, scales = saved
     kept = Fp8(codes.flatten(0, -2), scales.flatten(0, -2))
     return how.quantize.regroup(kept, power_of_two=how.power_of_two)
 
@@ -214,7 +250,7 @@ class _Grouped(torch.autograd.Function):
         form: Fp8Weight,
         counts_E: Tensor,
     ) -> Tensor:
-        ctx.how, ctx.form, ctx.weight_dtype = how, form, weight_EOI.dtype
+        ctx.how, ctx.form, ctx.parameter = how, form, weight_EOI
         ctx.save_for_backward(codes_MI, scales_MG, counts_E)
         return how.grouped(Fp8(codes_MI, scales_MG), form.blocks, counts_E, value_MI.dtype)
 
@@ -227,10 +263,15 @@ class _Grouped(torch.autograd.Function):
         dx_MI = dweight_EOI = None
         if ctx.needs_input_grad[1]:
             dx_MI = how.grouped(dout, ctx.form.transposed, counts_E, grads[0].dtype)
-        if ctx.needs_input_grad[4]:
+        weight_EOI = ctx.parameter
+
+        def gradient() -> Tensor:
             # The rows were dispatched: their scales are powers of two, and so are the new ones.
             x = how.quantize.regroup(Fp8(codes_MI, scales_MG), counts_E, power_of_two=True)
-            dweight_EOI = how.along_k(turned, x, counts_E, ctx.weight_dtype)
+            return how.along_k(turned, x, counts_E, weight_EOI.dtype)
+
+        if ctx.needs_input_grad[4]:
+            dweight_EOI = put_off(how.later, weight_EOI, gradient)
         return None, dx_MI, None, None, dweight_EOI, None, None
 
 
@@ -247,17 +288,19 @@ class _Gated(torch.autograd.Function):
         weight: Tensor,
         form: Fp8Weight,
         counts_E: Tensor | None,
+        gradient: Arrived | None,
     ) -> Tensor:
         gate_MF, up_MF = halves(gate, up)
         hidden, kept_gate, kept_up = how.swiglu.forward(
             gate_MF, up_MF, gates_M, power_of_two=how.power_of_two
         )
-        ctx.how, ctx.form, ctx.weight_dtype = how, form, weight.dtype
+        ctx.how, ctx.form, ctx.parameter = how, form, weight
         ctx.shape, ctx.joined, ctx.dtype = gate.shape, up is None, gate.dtype
+        ctx.gradient = gradient
         kept = (kept_gate.codes, kept_gate.scales, kept_up.codes, kept_up.scales)
         ctx.save_for_backward(*kept, gates_M, counts_E)
         out = how.product(hidden, form.blocks, counts_E, gate.dtype)
-        return out.view(*gate.shape[:-1], -1)
+        return out.view(*gate.shape[:-1], out.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -266,20 +309,36 @@ class _Gated(torch.autograd.Function):
         *kept, gates_M, counts_E = ctx.saved_tensors
         gate, up = Fp8(*kept[:2]), Fp8(*kept[2:])
         dout_MO = grads[0].flatten(0, -2)
-        # What comes back from combine is dispatched in FP8 by powers of two (facts 4.1).
-        whole = how.power_of_two or counts_E is not None
-        dout, turned = how.quantize.both(dout_MO, counts_E, power_of_two=whole)
+        dout, turned = _both(how, dout_MO, counts_E, ctx.gradient)
         dhidden_MF = how.product(dout, ctx.form.transposed, counts_E, ctx.dtype)
         dgate = torch.empty(ctx.shape, dtype=ctx.dtype, device=dout_MO.device)
         dup = None if ctx.joined else torch.empty_like(dgate)
         dgates_M = how.swiglu.backward(gate, up, gates_M, dhidden_MF, *halves(dgate, dup))
-        dweight = None
-        if ctx.needs_input_grad[4]:
+        dweight, weight = None, ctx.parameter
+
+        def gradient() -> Tensor:
             hidden = how.swiglu.turned(gate, up, gates_M, counts_E, power_of_two=how.power_of_two)
-            dweight = how.weight_gradient(turned, hidden, counts_E, ctx.weight_dtype)
+            return how.weight_gradient(turned, hidden, counts_E, weight.dtype)
+
+        if ctx.needs_input_grad[4]:
+            dweight = put_off(how.later, weight, gradient)
         if dgates_M is not None:
             dgates_M = dgates_M.to(gates_M.dtype)
-        return None, dgate, dup, dgates_M, dweight, None, None
+        return None, dgate, dup, dgates_M, dweight, None, None, None
+
+
+def _both(
+    how: Arithmetic, dout_MO: Tensor, counts_E: Tensor | None, gradient: Arrived | None
+) -> tuple[Fp8, Fp8]:
+    """Return a gradient in tiles, and turned."""
+    if counts_E is None:
+        return how.quantize.both(dout_MO, power_of_two=how.power_of_two)
+    # What comes back from combine is dispatched in FP8 by powers of two (facts 4.1): all that is
+    # known of it where the experts are, which in one process is the same.
+    dout = None if gradient is None else gradient.take()
+    if dout is None:
+        dout = how.quantize.tiles(dout_MO, power_of_two=True)
+    return dout, how.quantize.regroup(dout, counts_E, power_of_two=True)
 
 
 class _PermuteTiled(torch.autograd.Function):
@@ -292,12 +351,12 @@ class _PermuteTiled(torch.autograd.Function):
         order_M: Tensor,
         inverse_M: Tensor,
         K: int,
-        permute: Callable[[Fp8, Tensor, int], Fp8],
+        permute: Callable[[Fp8, Tensor, Tensor, int], Fp8],
         unpermute: Callable[..., Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(order_M, inverse_M)
         ctx.K, ctx.unpermute = K, unpermute
-        moved = permute(Fp8(codes_ND, scales_NG), order_M, K)
+        moved = permute(Fp8(codes_ND, scales_NG), order_M, inverse_M, K)
         ctx.mark_non_differentiable(moved.codes, moved.scales)
         return unread(value_ND, len(order_M), value_ND.shape[1]), moved.codes, moved.scales
 
@@ -314,7 +373,7 @@ def permute_tiled(
     order_M: Tensor,
     inverse_M: Tensor,
     K: int,
-    permute: Callable[[Fp8, Tensor, int], Fp8],
+    permute: Callable[[Fp8, Tensor, Tensor, int], Fp8],
     unpermute: Callable[..., Tensor],
 ) -> Tiled:
     """Copy every token's tiles to its ``K`` places; its backward sums gradients in BF16.

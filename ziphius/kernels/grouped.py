@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ziphius.kernels.cpu.library import TYPES, Library
+from ziphius.kernels.later import Later, put_off
 
 
 def grouped_linear_reference(x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int]) -> Tensor:
@@ -33,28 +35,36 @@ class _GroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward(
+        ctx: Any, x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int], later: Later | None
+    ) -> Tensor:
         ctx.save_for_backward(x_MI, weight_EOI)
-        ctx.counts = counts
+        ctx.counts, ctx.parameter, ctx.later = counts, weight_EOI, later
         out_MO = x_MI.new_empty(x_MI.shape[0], weight_EOI.shape[1])
         for x_mI, weight_OI, out_mO in _segments(counts, x_MI, weight_EOI, out_MO):
             torch.mm(x_mI, weight_OI.to(x_MI.dtype).T, out=out_mO)
         return out_MO
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_MI, weight_EOI = ctx.saved_tensors
-        dout_MO = grads[0].contiguous()
+        counts, dout_MO = ctx.counts, grads[0].contiguous()
         dx_MI = dweight_EOI = None
         if ctx.needs_input_grad[0]:
             dx_MI = torch.empty_like(x_MI)
-            for dout_mO, weight_OI, dx_mI in _segments(ctx.counts, dout_MO, weight_EOI, dx_MI):
+            for dout_mO, weight_OI, dx_mI in _segments(counts, dout_MO, weight_EOI, dx_MI):
                 torch.mm(dout_mO, weight_OI.to(x_MI.dtype), out=dx_mI)
+
+        def gradient() -> Tensor:
+            made_EOI = torch.zeros_like(weight_EOI)
+            for dout_mO, made_OI, x_mI in _segments(counts, dout_MO, made_EOI, x_MI):
+                _product(dout_mO.T, x_mI, made_OI)
+            return made_EOI
+
         if ctx.needs_input_grad[1]:
-            dweight_EOI = torch.zeros_like(weight_EOI)
-            for dout_mO, dweight_OI, x_mI in _segments(ctx.counts, dout_MO, dweight_EOI, x_MI):
-                _product(dout_mO.T, x_mI, dweight_OI)
-        return dx_MI, dweight_EOI, None
+            dweight_EOI = put_off(ctx.later, ctx.parameter, gradient)
+        return dx_MI, dweight_EOI, None, None
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -64,9 +74,14 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a @ b)
 
 
-def grouped_linear_loop(x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int]) -> Tensor:
-    """Do the same, one product a non-empty segment. Shapes as in the reference."""
-    return _GroupedLinear.apply(x_MI, weight_EOI, counts)
+def grouped_linear_loop(
+    x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int], later: Later | None = None
+) -> Tensor:
+    """Do the same, one product a non-empty segment. Shapes as in the reference.
+
+    With ``later`` the weight's gradient may be put off.
+    """
+    return _GroupedLinear.apply(x_MI, weight_EOI, counts, later)
 
 
 def _segments(
@@ -83,8 +98,14 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, library: Library, x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int]
+        ctx: Any,
+        library: Library,
+        x_MI: Tensor,
+        weight_EOI: Tensor,
+        counts: Sequence[int],
+        later: Later | None,
     ) -> Tensor:
+        ctx.parameter, ctx.later = weight_EOI, later
         x_MI, weight_EOI = x_MI.contiguous(), weight_EOI.contiguous()
         counts_E = torch.tensor(counts, dtype=torch.int64)
         ctx.save_for_backward(x_MI, weight_EOI, counts_E)
@@ -96,20 +117,26 @@ class _Compiled(torch.autograd.Function):
         return out_MO
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_MI, weight_EOI, counts_E = ctx.saved_tensors
         dout_MO = grads[0].contiguous()
-        sizes = weight_EOI.shape
+        library, sizes = ctx.library, weight_EOI.shape
         dx_MI = dweight_EOI = None
         if ctx.needs_input_grad[1]:
             dx_MI = torch.empty_like(x_MI)
-            _rows_times(ctx.library, dout_MO, weight_EOI, counts_E, dx_MI, sizes, turned=False)
-        if ctx.needs_input_grad[2]:
-            dweight_EOI = gradient_memory(weight_EOI)
-            tensors = (dout_MO, x_MI, counts_E, dweight_EOI)
+            _rows_times(library, dout_MO, weight_EOI, counts_E, dx_MI, sizes, turned=False)
+
+        def gradient() -> Tensor:
+            made_EOI = gradient_memory(weight_EOI)
+            tensors = (dout_MO, x_MI, counts_E, made_EOI)
             types = (x_MI.dtype, TYPES[weight_EOI.dtype])
-            ctx.library.call("grouped_weight_gradient", *types, *tensors, *sizes)
-        return None, dx_MI, dweight_EOI, None
+            library.call("grouped_weight_gradient", *types, *tensors, *sizes)
+            return made_EOI
+
+        if ctx.needs_input_grad[2]:
+            dweight_EOI = put_off(ctx.later, ctx.parameter, gradient)
+        return None, dx_MI, dweight_EOI, None, None
 
 
 def _rows_times(
@@ -148,7 +175,11 @@ def gradient_memory(parameter: Tensor) -> Tensor:
 
 
 def grouped_linear_compiled(
-    library: Library, x_MI: Tensor, weight_EOI: Tensor, counts: Sequence[int]
+    library: Library,
+    x_MI: Tensor,
+    weight_EOI: Tensor,
+    counts: Sequence[int],
+    later: Later | None = None,
 ) -> Tensor:
     """Do the same, all segments in one call. Shapes as in the reference.
 
@@ -158,30 +189,40 @@ def grouped_linear_compiled(
     """
     if torch.float64 in (x_MI.dtype, weight_EOI.dtype):
         weight_EOI = weight_EOI.to(x_MI.dtype)
-    return _Compiled.apply(library, x_MI, weight_EOI, counts)
+    return _Compiled.apply(library, x_MI, weight_EOI, counts, later)
 
 
 class _Mm(torch.autograd.Function):
     """torch's own backward refuses gradients that are expanded or turned."""
 
     @staticmethod
-    def forward(ctx: Any, x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor, later: Later | None
+    ) -> Tensor:
         ctx.save_for_backward(x_MI, weight_EOI, ends_E)
-        return F.grouped_mm(x_MI, weight_EOI.mT, offs=ends_E)
+        ctx.parameter, ctx.later = weight_EOI, later
+        return F.grouped_mm(x_MI, weight_EOI.to(x_MI.dtype).mT, offs=ends_E)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_MI, weight_EOI, ends_E = ctx.saved_tensors
         dout_MO = grads[0].contiguous()
         dx_MI = dweight_EOI = None
         if ctx.needs_input_grad[0]:
-            dx_MI = F.grouped_mm(dout_MO, weight_EOI, offs=ends_E)
+            dx_MI = F.grouped_mm(dout_MO, weight_EOI.to(x_MI.dtype), offs=ends_E)
         if ctx.needs_input_grad[1]:
-            dweight_EOI = F.grouped_mm(dout_MO.T, x_MI, offs=ends_E)
-        return dx_MI, dweight_EOI, None
+            dweight_EOI = put_off(
+                ctx.later,
+                ctx.parameter,
+                lambda: F.grouped_mm(dout_MO.T, x_MI, offs=ends_E).to(weight_EOI.dtype),
+            )
+        return dx_MI, dweight_EOI, None, None
 
 
-def grouped_linear_mm(x_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+def grouped_linear_mm(
+    x_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor, later: Later | None = None
+) -> Tensor:
     """Do the same by torch's grouped product, all segments in one call, for GPUs.
 
     ``counts`` stay on the device, so nothing waits for it. What that product refuses, float64, no
@@ -189,13 +230,15 @@ def grouped_linear_mm(x_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Ten
     """
     ragged = any(width * x_MI.element_size() % _ALIGNED for width in weight_EOI.shape[1:])
     if ragged or x_MI.dtype == torch.float64 or not len(x_MI):
-        return grouped_linear_loop(x_MI, weight_EOI, counts_E.tolist())
+        return grouped_linear_loop(x_MI, weight_EOI, counts_E.tolist(), later)
     ends_E = counts_E.cumsum(0).to(torch.int32)
-    return _Mm.apply(x_MI.contiguous(), weight_EOI.to(x_MI.dtype), ends_E)
+    if later is None:  # rounded once; what waits has to know the parameter, and rounds it again
+        weight_EOI = weight_EOI.to(x_MI.dtype)
+    return _Mm.apply(x_MI.contiguous(), weight_EOI, ends_E, later)
 
 
 _ALIGNED = 16
-VERSIONS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
+VERSIONS: dict[str, Callable[..., Tensor]] = {
     "reference": grouped_linear_reference,
     "loop": grouped_linear_loop,
     "grouped_mm": grouped_linear_mm,

@@ -111,9 +111,10 @@ def linear_cross_entropy(
 
     ``hidden`` is ``[N, D]`` and ``weight`` ``[V, D]``, which is rounded to the dtype of ``hidden``;
     ``targets`` are int64 ``[N]``; rows whose target is ``IGNORED`` count nothing. The scalar result
-    is at least FP32. ``rows_loss`` is a version of ``cross_entropy_rows``; ``widened`` writes BF16
-    operands in FP32 (see ``linear_widened``), logits are then not rounded. Differentiable once, in
-    ``hidden`` and ``weight``.
+    is at least FP32. ``rows_loss`` is a version of ``cross_entropy_rows``, or another judge: it is
+    given rows of ``targets`` as they are. ``widened`` writes BF16 operands in FP32 (see
+    ``linear_widened``), logits are then not rounded. Differentiable once, in ``hidden`` and
+    ``weight``.
     """
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk, rows_loss, widened)
 

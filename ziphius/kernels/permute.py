@@ -30,13 +30,7 @@ class _Unpermute(torch.autograd.Function):
     def forward(ctx: Any, rows_MD: Tensor, order_M: Tensor, inverse_M: Tensor, K: int) -> Tensor:
         ctx.save_for_backward(order_M, inverse_M)
         ctx.K = K
-        rows_NKD = rows_MD.index_select(0, inverse_M).unflatten(0, (-1, K))
-        # One addition after the other: the order of a built-in sum depends on the row's width.
-        high = torch.promote_types(rows_MD.dtype, torch.float32)
-        total_ND = rows_NKD[:, 0].to(high, copy=True)
-        for choice in range(1, K):
-            total_ND += rows_NKD[:, choice]
-        return total_ND.to(rows_MD.dtype)
+        return sum_choices(rows_MD.index_select(0, inverse_M).unflatten(0, (-1, K)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -60,7 +54,17 @@ def unpermute(rows_MD: Tensor, order_M: Tensor, inverse_M: Tensor, K: int) -> Te
     return _Unpermute.apply(rows_MD, order_M, inverse_M, K)
 
 
-def permute_tiles(q: Fp8, order_M: Tensor, K: int) -> Fp8:
+def sum_choices(rows_NKD: Tensor) -> Tensor:
+    """Sum every token's rows as ``unpermute`` does: ``[N, D]``."""
+    # One addition after the other: the order of a built-in sum depends on the row's width.
+    high = torch.promote_types(rows_NKD.dtype, torch.float32)
+    total_ND = rows_NKD[:, 0].to(high, copy=True)
+    for choice in range(1, rows_NKD.shape[1]):
+        total_ND += rows_NKD[:, choice]
+    return total_ND.to(rows_NKD.dtype)
+
+
+def permute_tiles(q: Fp8, order_M: Tensor, inverse_M: Tensor, K: int) -> Fp8:
     """Copy every token's row of codes and of scales to its ``K`` places, as ``permute`` does.
 
     ``q`` has tiles, ``[N, D]``; the result is ``[N*K, D]``. There is no way back.
@@ -136,7 +140,9 @@ def unpermute_compiled(
     return _CompiledUnpermute.apply(library, rows_MD, order_M, inverse_M, K)
 
 
-def permute_tiles_compiled(library: Library, q: Fp8, order_M: Tensor, K: int) -> Fp8:
+def permute_tiles_compiled(
+    library: Library, q: Fp8, order_M: Tensor, inverse_M: Tensor, K: int
+) -> Fp8:
     """Do what ``permute_tiles`` does."""
     codes_ND, scales_NG = q.codes.contiguous(), q.scales.contiguous()
     rows, width, groups = len(order_M), codes_ND.shape[1], scales_NG.shape[1]
@@ -151,7 +157,8 @@ VERSIONS: dict[str, Move] = {"torch": permute}
 COMPILED = permute_compiled
 BACK_VERSIONS: dict[str, Move] = {"torch": unpermute}
 BACK_COMPILED = unpermute_compiled
-TILES_VERSIONS: dict[str, Callable[[Fp8, Tensor, int], Fp8]] = {"torch": permute_tiles}
+MoveTiles = Callable[[Fp8, Tensor, Tensor, int], Fp8]
+TILES_VERSIONS: dict[str, MoveTiles] = {"torch": permute_tiles}
 TILES_COMPILED = permute_tiles_compiled
 Sort = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 SORT_VERSIONS: dict[str, Sort] = {"torch": sort_by_slot}

@@ -100,6 +100,8 @@ ON_GPUS: Mapping[str, tuple[str, str]] = {
     "route": ("route", "route_triton"),
     "sort": ("permute", "sort_by_slot_triton"),
 }
+# Those of them whose programs stay on their multiprocessors to the end.
+STAYING = frozenset({"gemm", "grouped_gemm", "masked_gemm", "along_k"})
 # Those of them that a step of the engine runs.
 ANSWER_ON_GPUS = (
     "latent", "linear", "norm", "norm_tiles", "permute", "unpermute", "permute_tiles", "quantize",
@@ -117,7 +119,8 @@ class Kernels:
 
     The version ``cpp`` is that of ``library``, for tensors on a processor. Large products are
     torch's in every version. ``linear=widened`` is about all of them: those of linear layers, of
-    experts and of the loss.
+    experts and of the loss. ``spared`` multiprocessors of a GPU are left to communication by
+    kernels that would take all of them.
     """
 
     choose: str = "torch"
@@ -150,6 +153,7 @@ class Kernels:
     permute_tiles: str = "torch"
     norm_tiles: str = "two_steps"
     library: Library | None = None
+    spared: int = 0
 
     def __post_init__(self) -> None:
         for op, (versions, compiled) in OPERATIONS.items():
@@ -170,7 +174,8 @@ class Kernels:
         name, (versions, compiled) = getattr(self, op), OPERATIONS[op]
         if name == TRITON:
             module, function = ON_GPUS[op]
-            return getattr(importlib.import_module(f"ziphius.kernels.triton.{module}"), function)
+            found = getattr(importlib.import_module(f"ziphius.kernels.triton.{module}"), function)
+            return partial(found, spared=self.spared) if self.spared and op in STAYING else found
         return partial(compiled, self.library) if name == COMPILED else versions[name]
 
     def fp8(self, power_of_two: bool = False) -> Arithmetic:
@@ -192,8 +197,9 @@ class Kernels:
         return torch.float32 if widened else compute
 
     def __str__(self) -> str:
-        chosen = (f.name for f in fields(self) if f.name != "library")
-        return " ".join(f"{op}={getattr(self, op)}" for op in chosen)
+        chosen = (f.name for f in fields(self) if f.name in OPERATIONS)
+        named = " ".join(f"{op}={getattr(self, op)}" for op in chosen)
+        return f"{named} spared={self.spared}" if self.spared else named
 
 
 def compiled_kernels(folder: Path, products: str = "native") -> Kernels:
@@ -204,10 +210,10 @@ def compiled_kernels(folder: Path, products: str = "native") -> Kernels:
     return Kernels(**_compiled_but(ANSWERING), linear=products, library=build(folder))
 
 
-def triton_kernels() -> Kernels:
+def triton_kernels(spared: int = 0) -> Kernels:
     """Choose the kernels for GPUs wherever there is one. Raises BadInput without Triton."""
     chosen: dict[str, Any] = dict.fromkeys(ON_GPUS.keys() - ANSWERING, TRITON)
-    return Kernels(**chosen)
+    return Kernels(**chosen, spared=spared)
 
 
 def gpu_answering_kernels() -> Kernels:

@@ -7,7 +7,8 @@
     add       residual
 
 The plain forward runs them in order. Overlapped schedules interleave the stages of two
-micro-batches; recomputation and profiling name them. In a dense block dispatch and combine are the
+micro-batches, dispatch and combine each as a beginning and an end; recomputation and profiling name
+them. In a dense block dispatch and combine are the
 identity.
 """
 
@@ -21,7 +22,7 @@ from ziphius.config.model import ModelConfig
 from ziphius.kernels.fp8 import Operand
 from ziphius.kernels.latent import LatentPages
 from ziphius.kernels.select import Kernels
-from ziphius.model.dispatch import Sent
+from ziphius.model.dispatch import Lane, Sent
 from ziphius.model.ffn import Dense, FeedForward, MixtureOfExperts, Routed
 from ziphius.model.layers import Device, RMSNorm
 from ziphius.model.mla import MLA
@@ -65,9 +66,13 @@ class Block(nn.Module):
         rope: Rope,
         cache: LatentPages | None = None,
         documents_BT: Tensor | None = None,
+        chosen_NK: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """Run the five stages; return the new residual stream and the layer's routing."""
-        attended = self.attend(x_BTD, rope, cache, documents_BT=documents_BT)
+        """Run the five stages; return the new residual stream and the layer's routing.
+
+        ``chosen`` replays an earlier choice of experts.
+        """
+        attended = self.attend(x_BTD, rope, cache, chosen_NK, documents_BT)
         sent = self.dispatch(attended)
         shared_ND = self.shared(attended)
         routed_ND = self.combine(self.experts(sent), sent)
@@ -108,6 +113,22 @@ class Block(nn.Module):
     def combine(self, rows: Tensor, sent: Sent | Operand) -> Tensor:
         """Bring the experts' rows back and sum them for every token: ``[N, D]``."""
         return self.mlp.combine(rows, sent)
+
+    def begin_dispatch(self, attended: Attended, lane: Lane) -> object:
+        """Begin to bring rows to their experts; see ``Dispatcher`` for what may be done with it."""
+        return self.mlp.begin_dispatch(attended.u_ND, attended.routed, lane)
+
+    def end_dispatch(self, begun: object) -> Sent | Operand:
+        """Return the rows that have arrived."""
+        return self.mlp.end_dispatch(begun)
+
+    def begin_combine(self, rows: Tensor, sent: Sent | Operand, lane: Lane) -> object:
+        """Begin to bring the experts' rows back."""
+        return self.mlp.begin_combine(rows, sent, lane)
+
+    def end_combine(self, begun: object) -> Tensor:
+        """Return every token's sum of them."""
+        return self.mlp.end_combine(begun)
 
     def add(self, attended: Attended, routed_ND: Tensor, shared_ND: Tensor | None) -> Tensor:
         """Add everything to the residual stream: ``[B, T, D]``."""

@@ -23,6 +23,23 @@ from ziphius.model.precision import Precision
 FEW_TOKENS = 8
 
 
+def slots_of(chosen_NK: Tensor, slot_to_expert: Sequence[int], n_experts: int) -> Tensor:
+    """Return a slot that holds each chosen expert, int64 ``[N, K]``: see ``ExpertStore.slots``."""
+    if tuple(slot_to_expert) == tuple(range(n_experts)):
+        return chosen_NK
+    copies: list[list[int]] = [[] for _ in range(n_experts)]
+    for slot, expert in enumerate(slot_to_expert):
+        copies[expert].append(slot)
+    if absent := {int(e) for e in chosen_NK.unique() if not copies[int(e)]}:
+        raise ValueError(f"experts {sorted(absent)} are chosen and not resident")
+    most = max(len(slots) for slots in copies)
+    turns = [[slots[i % len(slots)] if slots else 0 for i in range(most)] for slots in copies]
+    numbers = torch.tensor([max(1, len(slots)) for slots in copies], device=chosen_NK.device)
+    token_N1 = torch.arange(len(chosen_NK), device=chosen_NK.device).unsqueeze(1)
+    table = torch.tensor(turns, device=chosen_NK.device)
+    return table[chosen_NK, token_N1 % numbers[chosen_NK]]
+
+
 class ExpertStore(nn.Module, ABC):
     """Slots that hold experts: kernels take a store's slots and the segments of their rows.
 
@@ -40,19 +57,7 @@ class ExpertStore(nn.Module, ABC):
         Tokens take the copies of an expert in turn. Raises ValueError for an expert that is not
         resident.
         """
-        if self.slot_to_expert == tuple(range(self.n_experts)):
-            return chosen_NK
-        copies: list[list[int]] = [[] for _ in range(self.n_experts)]
-        for slot, expert in enumerate(self.slot_to_expert):
-            copies[expert].append(slot)
-        if absent := {int(e) for e in chosen_NK.unique() if not copies[int(e)]}:
-            raise ValueError(f"experts {sorted(absent)} are chosen and not resident")
-        most = max(len(slots) for slots in copies)
-        turns = [[slots[i % len(slots)] if slots else 0 for i in range(most)] for slots in copies]
-        numbers = torch.tensor([max(1, len(slots)) for slots in copies], device=chosen_NK.device)
-        token_N1 = torch.arange(len(chosen_NK), device=chosen_NK.device).unsqueeze(1)
-        table = torch.tensor(turns, device=chosen_NK.device)
-        return table[chosen_NK, token_N1 % numbers[chosen_NK]]
+        return slots_of(chosen_NK, self.slot_to_expert, self.n_experts)
 
     @abstractmethod
     def gate_up(self) -> Tensor:
@@ -140,24 +145,24 @@ class RoutedExperts(nn.Module):
             return self._in_fp8(self.fp8, sent)
         if not self.store.stacked:
             return self._one_by_one(sent)
-        counts = sent.sort.counts_E if self.counts_on_device else sent.counts
+        counts = sent.counts_E if self.counts_on_device else sent.counts
         gate_up_MG = self.grouped(sent.rows_MD, self.store.gate_up(), counts)
         hidden_MF = self.activate(gate_up_MG, sent.gates_M)
         out_MD: Tensor = self.grouped(hidden_MF, self.store.down(), counts)
         return out_MD
 
     def _in_fp8(self, fp8: Arithmetic, sent: Sent) -> Tensor:
-        gate_up, down, counts_E = self.store.gate_up(), self.store.down(), sent.sort.counts_E
+        gate_up, down, counts_E = self.store.gate_up(), self.store.down(), sent.counts_E
         rows_MD = fp8.operand(sent.rows_MD, power_of_two=True)
         gate_up_fp8 = self.derived.get("gate_up", gate_up, fp8.weight)
         down_fp8 = self.derived.get("down", down, fp8.weight)
         # No token chooses an expert twice.
-        most = len(sent.gates_M) // sent.sort.top_k
-        if most <= FEW_TOKENS and not torch.is_grad_enabled():
+        if sent.tokens <= FEW_TOKENS and not torch.is_grad_enabled():
             blocks = (gate_up_fp8.blocks, down_fp8.blocks)
-            return fp8.few(rows_MD, *blocks, sent.gates_M, counts_E, most)
+            return fp8.few(rows_MD, *blocks, sent.gates_M, counts_E, sent.tokens)
         gate_up_MG = fp8.grouped_linear(rows_MD, gate_up, gate_up_fp8, counts_E)
-        return fp8.gated_linear(gate_up_MG, None, sent.gates_M, down, down_fp8, counts_E)
+        where = (counts_E, sent.gradient)
+        return fp8.gated_linear(gate_up_MG, None, sent.gates_M, down, down_fp8, *where)
 
     def _one_by_one(self, sent: Sent) -> Tensor:
         """Multiply by one expert's matrices after the other's, as they are stored."""

@@ -10,9 +10,10 @@ from ziphius.config.model import ModelConfig
 from ziphius.kernels.fp8 import Operand, Tiled
 from ziphius.kernels.mixture import Expert, Experts
 from ziphius.kernels.select import Kernels
-from ziphius.model.dispatch import Dispatcher, LocalDispatcher, LocalSort, Sent, sort_by_slot
+from ziphius.model.dispatch import Dispatcher, Lane, LocalDispatcher, Sent
 from ziphius.model.experts import RoutedExperts
 from ziphius.model.layers import Device, Linear
+from ziphius.model.positions import Alone, Together
 from ziphius.model.precision import Precision
 from ziphius.model.router import Router, Routing
 
@@ -21,7 +22,7 @@ class Routed(NamedTuple):
     """A mixture's decision for a batch, ready to be dispatched."""
 
     routing: Routing
-    sort: LocalSort | None  # None where the experts are computed in place
+    sort: object | None  # the dispatcher's; None where the experts are computed in place
 
 
 class FeedForward(Protocol):
@@ -45,6 +46,22 @@ class FeedForward(Protocol):
 
     def shared(self, u_ND: Operand) -> Tensor | None:
         """Compute what every token gets without routing, if anything."""
+        ...
+
+    def begin_dispatch(self, u_ND: Operand, routed: Routed | None, lane: Lane) -> object:
+        """Begin to bring rows to the experts (see ``Dispatcher``)."""
+        ...
+
+    def end_dispatch(self, begun: object) -> Sent | Operand:
+        """Return what has arrived."""
+        ...
+
+    def begin_combine(self, rows: Tensor, sent: Sent | Operand, lane: Lane) -> object:
+        """Begin to bring results back."""
+        ...
+
+    def end_combine(self, begun: object) -> Tensor:
+        """Return them: ``[N, D]``."""
         ...
 
 
@@ -80,22 +97,37 @@ class Dense(SwiGLU):
         self, config: ModelConfig, precision: Precision, kernels: Kernels, device: Device
     ) -> None:
         super().__init__(config.hidden_size, config.intermediate_size, precision, kernels, device)
+        self.together: Together = Alone()
 
     def route(self, u_ND: Operand, chosen_NK: Tensor | None) -> Routed | None:
         return None
 
     def dispatch(self, u_ND: Operand, routed: Routed | None) -> Sent | Operand:
-        return u_ND
+        return self.together.gather(u_ND)
 
     def run_experts(self, sent: Sent | Operand) -> Tensor:
         assert not isinstance(sent, Sent), "a dense layer computes on the rows themselves"
         return self(sent)
 
     def combine(self, rows: Tensor, sent: Sent | Operand) -> Tensor:
-        return rows
+        return self.together.give_back(rows)
 
     def shared(self, u_ND: Operand) -> Tensor | None:
         return None
+
+    def begin_dispatch(self, u_ND: Operand, routed: Routed | None, lane: Lane) -> object:
+        return self.dispatch(u_ND, routed)
+
+    def end_dispatch(self, begun: object) -> Sent | Operand:
+        assert isinstance(begun, Tensor | Tiled), "made by this class"
+        return begun
+
+    def begin_combine(self, rows: Tensor, sent: Sent | Operand, lane: Lane) -> object:
+        return self.combine(rows, sent)
+
+    def end_combine(self, begun: object) -> Tensor:
+        assert isinstance(begun, Tensor), "made by this class"
+        return begun
 
 
 class MixtureOfExperts(nn.Module):
@@ -114,7 +146,6 @@ class MixtureOfExperts(nn.Module):
         shared_width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = SwiGLU(config.hidden_size, shared_width, precision, kernels, device)
         self.dispatcher: Dispatcher = LocalDispatcher(kernels)
-        self.sort = kernels.function("sort")
         self.mixture = kernels.function("mixture")
         self.places: Experts | None = None
 
@@ -122,20 +153,20 @@ class MixtureOfExperts(nn.Module):
         routing = self.gate(u_ND.value if isinstance(u_ND, Tiled) else u_ND, chosen_NK)
         if self.mixture is not None:
             return Routed(routing, None)
-        store = self.experts.store
-        slots_NK = store.slots(routing.chosen_NK)
-        return Routed(routing, sort_by_slot(slots_NK, len(store.slot_to_expert), self.sort))
+        return Routed(routing, self.dispatcher.sort(routing.chosen_NK, self.experts.store))
 
     def dispatch(self, u_ND: Operand, routed: Routed | None) -> Sent | Operand:
         assert routed is not None, "a mixture layer dispatches what it has routed"
         if routed.sort is None:
             assert isinstance(u_ND, Tensor), "experts in place take rows as they are"
             return self.in_place(u_ND, routed.routing)
+        return self.dispatcher.dispatch(self.as_rows(u_ND), routed.routing, routed.sort)
+
+    def as_rows(self, u_ND: Operand) -> Operand:
+        """Bring rows into the form in which they travel."""
         if isinstance(u_ND, Tiled) and self.experts.fp8 is None:
             u_ND = u_ND.value
-        if isinstance(u_ND, Tensor):
-            u_ND = u_ND.to(self.experts.dtype)
-        return self.dispatcher.dispatch(u_ND, routed.routing, routed.sort)
+        return u_ND.to(self.experts.dtype) if isinstance(u_ND, Tensor) else u_ND
 
     def in_place(self, u_ND: Tensor, routing: Routing) -> Tensor:
         """Compute all experts where the rows lie, in one kernel without a backward: ``[N, D]``."""
@@ -165,3 +196,19 @@ class MixtureOfExperts(nn.Module):
 
     def shared(self, u_ND: Operand) -> Tensor | None:
         return self.shared_experts(u_ND) if self.mixture is None else None
+
+    def begin_dispatch(self, u_ND: Operand, routed: Routed | None, lane: Lane) -> object:
+        assert routed is not None, "a mixture layer dispatches what it has routed"
+        assert routed.sort is not None, "rows of experts in place do not travel"
+        rows_ND = self.as_rows(u_ND)
+        return self.dispatcher.begin_dispatch(rows_ND, routed.routing, routed.sort, lane)
+
+    def end_dispatch(self, begun: object) -> Sent | Operand:
+        return self.dispatcher.end_dispatch(begun)
+
+    def begin_combine(self, rows: Tensor, sent: Sent | Operand, lane: Lane) -> object:
+        assert isinstance(sent, Sent), "rows of experts in place do not travel"
+        return self.dispatcher.begin_combine(rows, sent, lane)
+
+    def end_combine(self, begun: object) -> Tensor:
+        return self.dispatcher.end_combine(begun).to(self.dtype)

@@ -19,6 +19,7 @@ from ziphius.kernels.latent import LatentPages
 from ziphius.kernels.select import Kernels
 from ziphius.kernels.stored import Codes
 from ziphius.model.layers import Device, Linear, RMSNorm
+from ziphius.model.positions import InPlace, Meeting
 from ziphius.model.precision import Precision
 from ziphius.model.rope import Rope, rotate, softmax_scale
 
@@ -49,6 +50,7 @@ class MLA(nn.Module):
         self.expand_heads = kernels.function("expand")
         self.paged = kernels.function("latent")()
         self.absorbed: Absorbed | None = None
+        self.meeting: Meeting = InPlace()
         self.pads = kernels.attention in attention.WANT_EQUAL_WIDTHS
         H, D, Q = self.heads, config.hidden_size, config.q_lora_rank
         q_out = H * config.qk_head_dim
@@ -84,12 +86,14 @@ class MLA(nn.Module):
         if cache is not None:
             assert documents_BT is None, "a cache holds one document a sequence"
             return self.core(self.project(x_BTD, rope, cache), cache)
-        q_BHTd, k_BHTd, v_BHTv = self.expand(*self.compress(x_BTD), rope)
+        met = self.meeting.compress(self, x_BTD, rope)
+        q_BHTd, k_BHTd, v_BHTv = self.expand(*met)
         # Backward of attention and of the output projection read one copy, in twelve bits.
         fp8 = self.o_proj.fp8
         kept = None if fp8 is None else fp8.keep_output(self.v)
         out_BHTv = self.attention(q_BHTd, k_BHTd, v_BHTv, self.scale, documents_BT, kept)
-        return self.o_proj(out_BHTv[..., : self.v].transpose(1, 2).flatten(-2), kept)
+        out_BTD = self.o_proj(out_BHTv[..., : self.v].transpose(1, 2).flatten(-2), kept)
+        return self.meeting.give_back(out_BTD, rope)
 
     def project(self, x_BTD: Operand, rope: Rope, cache: LatentPages) -> Tensor:
         """Append the rows of new tokens ``[1, N, D]``; return their queries in the rows' form.
@@ -143,16 +147,19 @@ class MLA(nn.Module):
         k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), rope).squeeze(2)
         return self.kv_a_layernorm.operand(latent_BTC), k_rope_BTR
 
-    def expand(self, q_BTQ: Tensor, kv_BTc: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def expand(
+        self, q_BTQ: Tensor, kv_BTc: Tensor, rope: Rope, key_rope: Rope
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute queries, keys and values of every head, each ``[B, H, T, width]`` (eq. 1-9).
 
+        Queries may be of fewer positions than keys: each have their own rotary tables.
         They are padded here where the attention kernel would do it: what is computed again in
         backward must be what the kernel saves.
         """
         if self.expand_heads is not None:
             return self._expand_in_one(q_BTQ, kv_BTc, rope)
         q_BTHd = torch.cat(self.queries(q_BTQ, rope), dim=-1)
-        latent_BTC, k_rope_BTR = self.latents(kv_BTc, rope)
+        latent_BTC, k_rope_BTR = self.latents(kv_BTc, key_rope)
         kv_BTHo = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1))
         k_nope_BTHn, v_BTHv = kv_BTHo.split((self.nope, self.v), dim=-1)
         k_rope_BTHR = k_rope_BTR.unsqueeze(2).expand(-1, -1, self.heads, -1)

@@ -46,5 +46,8 @@ class MTPModule(nn.Module):
 
         ``documents`` are those of the positions i.
         """
-        joined = self.join(self.enorm(embedded_BTD), self.hnorm(h_BTD))
-        return self.block(self.eh_proj(joined), rope, cache, documents_BT)
+        return self.block(self.joined(h_BTD, embedded_BTD), rope, cache, documents_BT)
+
+    def joined(self, h_BTD: Tensor, embedded_BTD: Tensor) -> Tensor:
+        """Return the block's input: ``[B, T, D]``."""
+        return self.eh_proj(self.join(self.enorm(embedded_BTD), self.hnorm(h_BTD)))

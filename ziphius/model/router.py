@@ -64,20 +64,21 @@ class Router(nn.Module):
             return self._in_one(logits_NE)
         scores_NE = self.sigmoid(logits_NE)
         if chosen_NK is None:
-            with torch.no_grad():
-                chosen_NK = self.choose(
-                    scores_NE,
-                    self.e_score_correction_bias,
-                    self.top_k,
-                    self.n_group,
-                    self.topk_group,
-                )
+            chosen_NK = self.choice(scores_NE)
         if self.weigh is None:
             weights_NK = gate(scores_NE, chosen_NK, normalise=self.normalise, scale=self.scale)
         else:
             rule = {"normalise": self.normalise, "scale": self.scale, "least": NORM_EPS}
             weights_NK = self.weigh(scores_NE, chosen_NK, **rule)
         return Routing(chosen_NK, weights_NK, scores_NE)
+
+    @torch.no_grad()
+    def choice(self, scores_NE: Tensor) -> Tensor:
+        """Choose experts by affinities and biases: int64 ``[N, K]``."""
+        chosen_NK: Tensor = self.choose(
+            scores_NE, self.e_score_correction_bias, self.top_k, self.n_group, self.topk_group
+        )
+        return chosen_NK
 
     def _in_one(self, logits_NE: Tensor) -> Routing:
         """Do the same by one kernel after the product."""
@@ -97,12 +98,24 @@ def sequence_balance(scores_BTE: Tensor, top_k: int, chosen_BTK: Tensor | None =
     ``f`` counts the top ``top_k`` of the unbiased scores, as the report writes it, or the real
     choices when they are given; it has no gradient. Perfect balance gives 1.
     """
-    _, T, E = scores_BTE.shape
+    hits_BE = sequence_hits(scores_BTE, top_k, chosen_BTK)
+    return balance_of(scores_BTE, hits_BE, top_k, scores_BTE.shape[1])
+
+
+def sequence_hits(scores_BTE: Tensor, top_k: int, chosen_BTK: Tensor | None = None) -> Tensor:
+    """Count how often every expert is among the choices of a sequence, ``[B, E]``."""
     if chosen_BTK is None:
         chosen_BTK = scores_BTE.detach().topk(top_k, dim=-1).indices
-    hits_BE = scores_BTE.new_zeros(scores_BTE.shape[0], E)
+    hits_BE = scores_BTE.new_zeros(scores_BTE.shape[0], scores_BTE.shape[2])
     flat = chosen_BTK.flatten(1)
-    hits_BE.scatter_add_(1, flat, torch.ones_like(flat, dtype=hits_BE.dtype))
-    f_BE = hits_BE * (E / (top_k * T))
-    P_BE = (scores_BTE / (scores_BTE.sum(-1, keepdim=True) + NORM_EPS)).mean(1)
+    return hits_BE.scatter_add_(1, flat, torch.ones_like(flat, dtype=hits_BE.dtype))
+
+
+def balance_of(scores_BtE: Tensor, hits_BE: Tensor, top_k: int, length: int) -> Tensor:
+    """Compute what some positions add to the balance loss of sequences of ``length``: ``[B]``.
+
+    ``hits`` are those of the whole sequences, so that parts add up, and their gradients too.
+    """
+    f_BE = hits_BE * (hits_BE.shape[1] / (top_k * length))
+    P_BE = (scores_BtE / (scores_BtE.sum(-1, keepdim=True) + NORM_EPS)).sum(1) / length
     return (f_BE * P_BE).sum(-1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,12 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ziphius.kernels.cpu.library import SIGNATURES, Call, Library
 
+T = TypeVar("T")  # what a program computes: a tensor, or several
+
 
 class Unrepeatable(Exception):
     """Something was computed that repeating the kernels' calls would leave out."""
 
 
-class Program:
+class Program(Generic[T]):
     """What ``run`` makes of tensors that stay where they are, as a list of kernel calls.
 
     ``run`` is called once, without gradients, and may compute by kernels of the library alone:
@@ -31,7 +33,7 @@ class Program:
     Raises Unrepeatable where ``run`` does something else.
     """
 
-    def __init__(self, library: Library, run: Callable[[], Tensor]) -> None:
+    def __init__(self, library: Library, run: Callable[[], T]) -> None:
         with torch.no_grad(), _KernelsOnly() as memory, library.recording() as calls:
             self.result = run()
         self.nbytes = sum(x.nbytes for x in memory.empty)
@@ -46,7 +48,7 @@ class Program:
     def __len__(self) -> int:
         return len(self._calls)
 
-    def repeat(self) -> Tensor:
+    def repeat(self) -> T:
         """Make the calls again."""
         self._repeat(self._calls, len(self._calls))
         return self.result

@@ -20,9 +20,16 @@ from torch.autograd.function import once_differentiable
 
 from ziphius.kernels.kept import KeptOutput
 from ziphius.kernels.triton.attention_backward import delta_kernel, dkdv_kernel, dq_kernel
-from ziphius.kernels.triton.attention_blocks import load_rows, masked_scores, reach_kernel, scores
+from ziphius.kernels.triton.attention_blocks import (
+    load_rows,
+    masked_scores,
+    reach_kernel,
+    scores,
+    store_rows,
+)
 
 LOG2E = 1.4426950408889634
+LEAST_BLOCK = 16  # rows; a product wants as many, so all lengths are whole ones
 PUBLISHED_WIDTH = 192 + 128  # of a key and a value: what larger blocks have room for
 
 
@@ -118,18 +125,15 @@ def forward_kernel(
     H,
     T,
     scale_log2,
-    D: tl.constexpr,
-    V: tl.constexpr,
     DA: tl.constexpr,
     DB: tl.constexpr,
     DV: tl.constexpr,
     DOCUMENTS: tl.constexpr,
-    EVEN: tl.constexpr,
     OWN: tl.constexpr,
     MET: tl.constexpr,
 ):
     """Attend with one block of queries of one head; blocks with most keys come first."""
-    blocks = tl.cdiv(T, OWN)
+    blocks = T // OWN
     block = blocks - 1 - tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
     b = (head // H).to(tl.int64)
@@ -139,12 +143,12 @@ def forward_kernel(
     q_ptr += b * q_b + h * q_h + begin.to(tl.int64) * q_t
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
-    qa, qb = load_rows(q_ptr, q_t, T - begin, D, DA, DB, OWN, EVEN)
+    qa, qb = load_rows(q_ptr, q_t, DA, DB, OWN)
     own_documents = rows
     start = 0
     if DOCUMENTS:
         documents_ptr += b * T
-        own_documents = tl.load(documents_ptr + begin + rows, begin + rows < T, other=-2)
+        own_documents = tl.load(documents_ptr + begin + rows)
         start = tl.load(first_ptr + b * blocks + block) // MET * MET
     largest = tl.full([OWN], float("-inf"), tl.float32)
     total = tl.zeros([OWN], tl.float32)
@@ -152,38 +156,31 @@ def forward_kernel(
     # Keys before the block, which all of its queries see; then its own.
     acc, largest, total = _meet(
         acc, largest, total, qa, qb, k_ptr, v_ptr, k_t, v_t, documents_ptr, own_documents,
-        start, begin, begin, T, scale_log2,
-        D, V, DA, DB, DV, DOCUMENTS, True, False, OWN, MET,
+        start, begin, begin, scale_log2, DA, DB, DV, DOCUMENTS, False, MET,
     )  # fmt: skip
     acc, largest, total = _meet(
         acc, largest, total, qa, qb, k_ptr, v_ptr, k_t, v_t, documents_ptr, own_documents,
-        begin, tl.minimum(begin + OWN, T), begin, T, scale_log2,
-        D, V, DA, DB, DV, DOCUMENTS, EVEN, True, OWN, MET,
+        begin, begin + OWN, begin, scale_log2, DA, DB, DV, DOCUMENTS, True, MET,
     )  # fmt: skip
-    inside = begin + rows < T
-    total = tl.where(inside, total, 1.0)
-    tl.store(lse_ptr + head.to(tl.int64) * T + begin + rows, largest + tl.log2(total), inside)
-    columns = tl.arange(0, DV)
+    tl.store(lse_ptr + head.to(tl.int64) * T + begin + rows, largest + tl.log2(total))
     out_ptr += b * out_b + h * out_h + begin.to(tl.int64) * out_t
-    places = out_ptr + rows[:, None] * out_t + columns[None, :]
-    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(places, out, inside[:, None] & (columns < V)[None, :])
+    out = acc / total[:, None]
+    store_rows(out_ptr, out_t, out, out, DV, 0, OWN)
 
 
 @triton.jit
 def _meet(
     acc, largest, total, qa, qb, k_ptr, v_ptr, k_t, v_t, documents_ptr, own_documents,
-    start, end, begin, T, scale_log2,
-    D: tl.constexpr, V: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr,
-    DOCUMENTS: tl.constexpr, EVEN: tl.constexpr, DIAGONAL: tl.constexpr,
-    OWN: tl.constexpr, MET: tl.constexpr,
+    start, end, begin, scale_log2,
+    DA: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr,
+    DOCUMENTS: tl.constexpr, DIAGONAL: tl.constexpr, MET: tl.constexpr,
 ):  # fmt: skip
     """Take up keys ``start`` to ``end``: the softmax so far is made small by what came larger."""
     for met in tl.range(start, end, MET):
         at = tl.cast(met, tl.int64)
-        ka, kb = load_rows(k_ptr + at * k_t, k_t, T - met, D, DA, DB, MET, EVEN)
+        ka, kb = load_rows(k_ptr + at * k_t, k_t, DA, DB, MET)
         s = scores(qa, qb, ka, kb, DB) * scale_log2
-        s = masked_scores(s, own_documents, documents_ptr, begin, met, T, DOCUMENTS, DIAGONAL)
+        s = masked_scores(s, own_documents, documents_ptr, begin, met, DOCUMENTS, DIAGONAL)
         larger = tl.maximum(largest, tl.max(s, 1))
         # A query that has seen nothing yet has no largest score to take off.
         shift = tl.where(larger == float("-inf"), 0.0, larger) if DOCUMENTS else larger
@@ -191,7 +188,7 @@ def _meet(
         shrink = tl.exp2(largest - shift)
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
-        v, _ = load_rows(v_ptr + at * v_t, v_t, T - met, V, DV, 0, MET, EVEN)
+        v, _ = load_rows(v_ptr + at * v_t, v_t, DV, 0, MET)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         largest = larger
     return acc, largest, total
@@ -222,7 +219,7 @@ class _Attention(torch.autograd.Function):
         inputs = (q_BHTd, k_BHTd, v_BHTv)
         launch, shape = tiles.forward, _shape(q_BHTd, v_BHTv, documents_BT, tiles.forward)
         if out_BHTv.numel():
-            forward_kernel[(B * H * triton.cdiv(T, launch.own),)](
+            forward_kernel[(B * H * T // launch.own,)](
                 *(*inputs, out_BHTv, lse_BHT, documents_BT, reach[0]),
                 *_strides(*inputs, out_BHTv),
                 *(H, T, scale * LOG2E),
@@ -247,19 +244,17 @@ class _Attention(torch.autograd.Function):
         sizes = (H, T, ctx.scale * LOG2E, ctx.scale)
         given = (*inputs, dout_BHTv, lse_BHT, delta_BHT, documents_BT)
         if out_BHTv.numel():
-            V = v_BHTv.shape[-1]
-            delta_kernel[(B * H * triton.cdiv(T, 32),)](
+            delta_kernel[(B * H * T // LEAST_BLOCK,)](
                 *(out_BHTv, dout_BHTv, delta_BHT, *_strides(out_BHTv, dout_BHTv), H, T),
-                V=V,
-                DV=_power(V),
-                OWN=32,
+                DV=v_BHTv.shape[-1],
+                OWN=LEAST_BLOCK,
             )
         if q_BHTd.numel():
             for kernel, launch, bounds, outputs in (
                 (dkdv_kernel, ctx.tiles.dkdv, last, (dk_BHTd, dv_BHTv)),
                 (dq_kernel, ctx.tiles.dq, first, (dq_BHTd,)),
             ):
-                kernel[(B * H * triton.cdiv(T, launch.own),)](
+                kernel[(B * H * T // launch.own,)](
                     *(*given, bounds, *outputs, *_strides(*inputs, dout_BHTv, *outputs), *sizes),
                     **_shape(q_BHTd, v_BHTv, documents_BT, launch),
                     num_warps=launch.warps,
@@ -289,16 +284,12 @@ def _power(width: int) -> int:
 
 
 def _shape(q_BHTd: Tensor, v_BHTv: Tensor, documents: Tensor | None, launch: Launch) -> Any:
-    D, V, T = q_BHTd.shape[-1], v_BHTv.shape[-1], q_BHTd.shape[2]
-    DA, DB = parts(D)
+    DA, DB = parts(q_BHTd.shape[-1])
     return {
-        "D": D,
-        "V": V,
         "DA": DA,
         "DB": DB,
-        "DV": _power(V),
+        "DV": v_BHTv.shape[-1],
         "DOCUMENTS": documents is not None,
-        "EVEN": T % max(launch.own, launch.met) == 0,
         "OWN": launch.own,
         "MET": launch.met,
     }
@@ -309,7 +300,7 @@ def _reach(documents_BT: Tensor | None, own: int) -> tuple[Tensor | None, Tensor
     if documents_BT is None:
         return None, None
     B, T = documents_BT.shape
-    first, last = documents_BT.new_empty(2, B, triton.cdiv(T, own)).unbind()
+    first, last = documents_BT.new_empty(2, B, T // own).unbind()
     if first.numel():
         reach_kernel[first.shape](documents_BT, first, last, T, OWN=own, MET=1024)
     return first, last

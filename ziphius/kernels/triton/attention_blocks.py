@@ -10,50 +10,26 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(
-    ptr, stride, left,
-    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Load ``ROWS`` rows of ``WIDTH`` columns in two parts; with ``B = 0`` the second is the first.
+def load_rows(ptr, stride, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr):
+    """Load ``ROWS`` rows of ``A + B`` columns in two parts; with ``B = 0`` the second is the first.
 
-    ``left`` rows are there (all of them if ``EVEN``), the others read as zero.
+    All of them are there: callers pad, because a GPU read outside of ragged blocks.
     """
-    rows = tl.arange(0, ROWS)[:, None]
-    columns = tl.arange(0, A)[None, :]
-    places = ptr + rows * stride + columns
-    if EVEN and WIDTH >= A:
-        a = tl.load(places)
-    elif WIDTH >= A:
-        a = tl.load(places, rows < left, other=0.0)
-    else:
-        a = tl.load(places, (rows < left) & (columns < WIDTH), other=0.0)
+    places = ptr + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, A)[None, :]
+    a = tl.load(places)
     b = a
     if B > 0:
-        rest = A + tl.arange(0, B)[None, :]
-        places = ptr + rows * stride + rest
-        if EVEN and WIDTH == A + B:
-            b = tl.load(places)
-        elif WIDTH == A + B:
-            b = tl.load(places, rows < left, other=0.0)
-        else:
-            b = tl.load(places, (rows < left) & (rest < WIDTH), other=0.0)
+        b = tl.load(ptr + tl.arange(0, ROWS)[:, None] * stride + A + tl.arange(0, B)[None, :])
     return a, b
 
 
 @triton.jit
-def store_rows(
-    ptr, stride, left, a, b,
-    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+def store_rows(ptr, stride, a, b, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr):
     """Store what ``load_rows`` loads, rounded to what ``ptr`` points to."""
-    rows = tl.arange(0, ROWS)[:, None]
-    columns = tl.arange(0, A)[None, :]
-    inside = (rows < left) & (columns < WIDTH)
-    tl.store(ptr + rows * stride + columns, a.to(ptr.dtype.element_ty), inside)
+    rows = ptr + tl.arange(0, ROWS)[:, None] * stride
+    tl.store(rows + tl.arange(0, A)[None, :], a.to(ptr.dtype.element_ty))
     if B > 0:
-        columns = A + tl.arange(0, B)[None, :]
-        inside = (rows < left) & (columns < WIDTH)
-        tl.store(ptr + rows * stride + columns, b.to(ptr.dtype.element_ty), inside)
+        tl.store(rows + A + tl.arange(0, B)[None, :], b.to(ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -67,20 +43,17 @@ def scores(xa, xb, ya, yb, B: tl.constexpr):
 
 @triton.jit
 def masked_scores(
-    s, own_documents, documents_ptr, begin, met, T,
+    s, own_documents, documents_ptr, begin, met,
     DOCUMENTS: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """Hide from queries (rows of ``s``, from ``begin``) the keys (from ``met``) they may not see.
-
-    Keys behind the last position are behind every query, so they need no rule of their own.
-    """
+    """Hide from queries (rows of ``s``, from ``begin``) keys (from ``met``) they may not see."""
     if DIAGONAL:
         queries = begin + tl.arange(0, s.shape[0])
         keys = met + tl.arange(0, s.shape[1])
         s = tl.where(queries[:, None] >= keys[None, :], s, float("-inf"))
     if DOCUMENTS:
         keys = met + tl.arange(0, s.shape[1])
-        documents = tl.load(documents_ptr + keys, keys < T, other=-3)
+        documents = tl.load(documents_ptr + keys)
         s = tl.where(own_documents[:, None] == documents[None, :], s, float("-inf"))
     return s
 
@@ -90,15 +63,14 @@ def reach_kernel(documents_ptr, first_ptr, last_ptr, T, OWN: tl.constexpr, MET: 
     """Find the first and the last position whose document could be one of a block's.
 
     That is: lies between the block's least and greatest. Padding, -1, stands behind the documents,
-    so it counts as the greatest.
+    so it counts as the greatest. ``T`` is whole blocks of ``OWN``.
     """
     b = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     documents_ptr += b * T
     own = block * OWN + tl.arange(0, OWN)
-    documents = _behind(tl.load(documents_ptr + own, own < T, other=0))
-    least = tl.min(tl.where(own < T, documents, 0x7FFFFFFF), 0)
-    greatest = tl.max(tl.where(own < T, documents, -0x80000000), 0)
+    documents = _behind(tl.load(documents_ptr + own))
+    least, greatest = tl.min(documents, 0), tl.max(documents, 0)
     first = tl.cast(T, tl.int32)
     last = tl.cast(0, tl.int32)
     for met in tl.range(0, T, MET):

@@ -40,6 +40,23 @@ def wide(x: tl.tensor, INTERPRETED: tl.constexpr, AGAIN: tl.constexpr = False) -
 
 
 @triton.jit
+def narrow(x: tl.tensor, TYPE: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """Round FP32 to ``TYPE``; to BF16 in pairs, since one by one takes a slow instruction each."""
+    if INTERPRETED or TYPE != tl.bfloat16:  # noqa: SIM300
+        result = x.to(TYPE)
+    else:
+        result = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;",
+            "=r,f,f",
+            [x],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    return result
+
+
+@triton.jit
 def magnitude(x: tl.tensor) -> tl.tensor:
     """Return ``|x|`` of FP32 as int32 bits, which are in the order of the numbers, NaN above all.
 
@@ -157,7 +174,11 @@ def encode(
 def word_of(
     a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor, INTERPRETED: tl.constexpr
 ) -> tl.tensor:
-    """Round four FP32 tensors to E4M3 and pack their codes, the first in the lowest byte: int32."""
+    """Round four FP32 tensors to E4M3 and pack their codes, the first in the lowest byte: int32.
+
+    None may be zero for a reason that the compiler knows, as where a kernel is compiled for one row
+    (``do_not_specialize``): ptxas 12.8 then leaves half of the word undefined (seen on a GPU).
+    """
     if INTERPRETED:
         low = to_e4m3(a, True).to(tl.int32) | (to_e4m3(b, True).to(tl.int32) << 8)
         high = to_e4m3(c, True).to(tl.int32) | (to_e4m3(d, True).to(tl.int32) << 8)

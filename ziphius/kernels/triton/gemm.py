@@ -11,15 +11,14 @@ from torch import Tensor
 from ziphius.kernels.quantize import TILE, Fp8
 from ziphius.kernels.triton import bits, product
 from ziphius.kernels.triton.product import Config, Shape
+from ziphius.kernels.triton.tail import cut_tail, uncut
 from ziphius.kernels.triton.tiles import DENSE
 
+PAIRS = Config("pairs", 128, 128, stages=6, at_once=4)
 # What a benchmark sweeps; `config` picks among them.
 CANDIDATES = (
-    Config("hopper", 128, 128, stages=6),
     Config("hopper", 192, 128, stages=4),
-    Config("hopper", 192, 128, stages=4, direct=True),
-    Config("pairs", 128, 128, stages=6, at_once=4),
-    Config("pairs", 128, 192, stages=4, at_once=2),
+    PAIRS,
     Config("plain", 128, 128, stages=4, warps=8),
     Config("plain", 128, 128, stages=4, warps=8, copies=False),
     Config("plain", 64, 128, stages=3),
@@ -32,15 +31,13 @@ CANDIDATES = (
 )
 # Of gradients of weights, where both operands have scales of rows, the first is the choice.
 TILES_CANDIDATES = (
-    Config("pairs", 128, 128, stages=6, at_once=4),
-    Config("hopper", 128, 128, stages=4),
+    PAIRS,
     Config("plain", 64, 128, stages=4),
 )
 # What large products choose among, and what 128 of K of a tile cost: cycles, as measured.
 LARGE = (
-    (Config("hopper", 128, 128, stages=6), 790),
     (Config("hopper", 192, 128, stages=4), 1050),
-    (Config("pairs", 128, 128, stages=6, at_once=4), 680),
+    (PAIRS, 660),
 )
 _MULTIPROCESSORS = 132
 # Up to so many, a product waits for memory, and more programs must ask for it at one time: about
@@ -51,8 +48,12 @@ _FEW_GROUPS = 14
 _HOPPER = 9
 
 
-def gemm_triton(a: Fp8, b: Fp8, dtype: torch.dtype, *, config: Config | None = None) -> Tensor:
+def gemm_triton(
+    a: Fp8, b: Fp8, dtype: torch.dtype, *, config: Config | None = None, spared: int = 0
+) -> Tensor:
     """Do what ``gemm_reference`` does. ``config`` replaces the choice, for a benchmark.
+
+    ``spared`` multiprocessors are left to others by kernels whose programs stay.
 
     Sums of 128 products are the tensor cores', which keep about 14 bits of them.
     """
@@ -61,7 +62,8 @@ def gemm_triton(a: Fp8, b: Fp8, dtype: torch.dtype, *, config: Config | None = N
     if out_MN.numel() and K:
         shape = Shape(M, N, K, a.scales.shape[-1])
         chosen = available(config or choose(shape, b.rows), a, b)
-        run(a, b, out_MN, shape, DENSE.value, chosen, row_tiles=triton.cdiv(M, chosen.block_m))
+        row_tiles = triton.cdiv(M, chosen.block_m)
+        run(a, b, out_MN, shape, DENSE.value, chosen, row_tiles=row_tiles, spared=spared)
     return out_MN if K else out_MN.zero_()
 
 
@@ -69,7 +71,7 @@ def config(M: int, N: int, K: int) -> Config:
     """Pick how a product on Hopper is cut, by its shape alone."""
     large_tiles = triton.cdiv(M, 128) * triton.cdiv(N, 128)
     if M > 2 * _FEW_ROWS or (M > _FEW_ROWS and 3 * large_tiles > _MULTIPROCESSORS):
-        return best_large(M, N)
+        return best_large(M, N, K)
     rows = triton.cdiv(M, 64)
     tiles, narrow = rows * triton.cdiv(N, 128), rows * triton.cdiv(N, 64)
     if tiles >= _MULTIPROCESSORS:
@@ -88,13 +90,20 @@ def _splits(tiles: int, K: int) -> int:
     return max(allowed, default=1)
 
 
-def best_large(M: int, N: int, matrices: int = 1) -> Config:
-    """Return the way that is done first, by count: tiles go round by round, one a program."""
+def best_large(M: int, N: int, K: int, matrices: int = 1) -> Config:
+    """Return the way that is done first, by count: tiles go round by round, one a program.
+
+    ``matrices`` of ``M`` rows each are segments. The last round of one matrix may be cut.
+    """
+    groups = triton.cdiv(K, TILE)
 
     def cost(way: tuple[Config, int]) -> int:
         chosen, cycles = way
         tiles = triton.cdiv(M, chosen.block_m) * triton.cdiv(N, chosen.block_n) * matrices
-        return triton.cdiv(tiles, _MULTIPROCESSORS) * cycles
+        tail = uncut(tiles, groups)
+        if chosen == PAIRS and matrices == 1:
+            tail = cut_tail(tiles, _MULTIPROCESSORS, groups, chosen.at_once)
+        return tail.steps(_MULTIPROCESSORS, groups) * cycles
 
     return min(LARGE, key=cost)[0]
 
@@ -124,24 +133,35 @@ def available(chosen: Config, a: Fp8, b: Fp8) -> Config:
 
 def run(
     a: Fp8, b: Fp8, out: Tensor, shape: Shape, form: int, chosen: Config,
-    table: Any = None, total: Any = None, *, row_tiles: int,
+    table: Any = None, total: Any = None, *, row_tiles: int, spared: int = 0,
 ) -> None:  # fmt: skip
     """Launch the kernel that ``chosen`` names, on contiguous operands."""
     a, b = _contiguous(a), _contiguous(b)
+    if chosen.engine != "plain":
+        seats = programs(out.device, spared)
     if chosen.engine == "hopper":
         # Gluon is needed here only, and not every Triton has it.
         from ziphius.kernels.triton import hopper
 
-        hopper.launch(a, b, out, shape, form, chosen, table, total, row_tiles=row_tiles)
+        hopper.launch(
+            a, b, out, shape, form, chosen, table, total, row_tiles=row_tiles, programs=seats
+        )
     elif chosen.engine == "pairs":
         from ziphius.kernels.triton import hopper_pairs
 
-        hopper_pairs.launch(a, b, out, shape, form, chosen, table, total, row_tiles=row_tiles)
+        hopper_pairs.launch(
+            a, b, out, shape, form, chosen, table, total, row_tiles=row_tiles, programs=seats
+        )
     else:
         product.launch(
             a, b, out, shape, form, chosen, table, total,
             row_tiles=row_tiles, interpreted=bits.interpreted(),
         )  # fmt: skip
+
+
+def programs(device: torch.device, spared: int) -> int:
+    """Return how many programs that stay a GPU gets: one a multiprocessor but for ``spared``."""
+    return max(1, torch.cuda.get_device_properties(device).multi_processor_count - spared)
 
 
 def _contiguous(q: Fp8) -> Fp8:

@@ -16,9 +16,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ziphius.kernels.grouped import gradient_memory, grouped_linear_loop
+from ziphius.kernels.later import Later, put_off
 from ziphius.kernels.triton import bits
 from ziphius.kernels.triton.tiles import ALONG_K, ROWS, groups_of_segments, locate, tiles_of_rows
 
@@ -252,13 +254,17 @@ class _GroupedLinear(torch.autograd.Function):
     """A weight in FP32 is rounded to the dtype of the rows once a call; its gradient is not."""
 
     @staticmethod
-    def forward(ctx: Any, x_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor, later: Later | None
+    ) -> Tensor:
+        ctx.parameter, ctx.later = weight_EOI, later
         x_MI, weight_EOI = x_MI.contiguous(), weight_EOI.contiguous()
         ctx.save_for_backward(x_MI, weight_EOI, counts_E)
         return rows_times(x_MI, weight_EOI.to(x_MI.dtype), counts_E, turned=True)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_MI, weight_EOI, counts_E = ctx.saved_tensors
         dout_MO = grads[0].contiguous()
         dx_MI = dweight_EOI = None
@@ -267,12 +273,17 @@ class _GroupedLinear(torch.autograd.Function):
             rounded_EOI = weight_EOI.to(x_MI.dtype)
             dx_MI = rows_times(dout_MO, rounded_EOI, counts_E, turned=False)
         if ctx.needs_input_grad[1]:
-            dweight_EOI = gradient_memory(weight_EOI)
-            weight_gradient(dout_MO, x_MI, counts_E, dweight_EOI)
-        return dx_MI, dweight_EOI, None
+            dweight_EOI = put_off(
+                ctx.later,
+                ctx.parameter,
+                lambda: weight_gradient(dout_MO, x_MI, counts_E, gradient_memory(weight_EOI)),
+            )
+        return dx_MI, dweight_EOI, None, None
 
 
-def grouped_linear_triton(x_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+def grouped_linear_triton(
+    x_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor, later: Later | None = None
+) -> Tensor:
     """Do what ``grouped_linear_reference`` does, with ``counts`` int64 on the device.
 
     Rows are BF16. Others go the way of the loop, which waits for the device, since the matrix units
@@ -280,5 +291,5 @@ def grouped_linear_triton(x_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor) ->
     """
     here = torch.float32 if bits.interpreted() else torch.bfloat16
     if x_MI.dtype not in (here, torch.bfloat16):
-        return grouped_linear_loop(x_MI, weight_EOI, counts_E.tolist())
-    return _GroupedLinear.apply(x_MI, weight_EOI, counts_E)
+        return grouped_linear_loop(x_MI, weight_EOI, counts_E.tolist(), later)
+    return _GroupedLinear.apply(x_MI, weight_EOI, counts_E, later)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +22,30 @@ def rows_of(x: Tensor) -> Tensor:
     """View ``[..., C]`` as ``[M, C]`` with the numbers of a row side by side, or copy it."""
     x_MC = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(0, 0)
     return x_MC if x_MC.stride(-1) == 1 or x_MC.shape[-1] == 1 else x_MC.contiguous()
+
+
+def aligned(x_MC: Tensor) -> bool:
+    """Say whether rows are whole 16 bytes, at addresses that are multiples of 16."""
+    sizes = (x_MC.shape[-1] * x_MC.itemsize, x_MC.stride(-2) * x_MC.itemsize, x_MC.data_ptr())
+    return all(size % 16 == 0 for size in sizes)
+
+
+def padded(x: Tensor, dimensions: int = 1) -> Tensor:
+    """Return ``x`` with zeros up to a multiple of 16 numbers in its last dimensions, aligned.
+
+    Zeros change no scale, and there are as many groups of 128 as before. Where codes are stored at
+    other addresses, Triton 3.6 has threads exchange single bytes first, and mixes them up.
+    """
+    missing = [-size % 16 for size in x.shape[-dimensions:]]
+    if not any(missing) and aligned(x):
+        return x
+    return F.pad(x, [side for size in reversed(missing) for side in (0, size)])
+
+
+def cut_back(q: Fp8, shape: torch.Size) -> Fp8:
+    """Return of a ``padded`` matrix what ``shape``, of one dimension more or fewer, has."""
+    codes = q.codes[..., : shape[-1]].contiguous().view(shape)
+    return Fp8(codes, q.scales.view(*shape[:-1], q.scales.shape[-1]))
 
 
 def codes_of(q: Fp8) -> Tensor:
@@ -156,31 +181,6 @@ def store_groups(
     at = codes + (row * columns)[:, None] + column
     tl.store(at, code, mask=valid[:, None] & (column < columns))
     tl.store(scales + row * tl.cdiv(columns, 128) + tile, scale, mask=valid)
-
-
-@triton.jit
-def store_quarter(
-    x: tl.tensor,
-    codes: tl.tensor,
-    scales: tl.tensor,
-    quarter: tl.constexpr,
-    first: tl.tensor,
-    filled: tl.tensor,
-    channel: tl.tensor,
-    tile: tl.tensor,
-    columns: tl.tensor,
-    POWER_OF_TWO: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-) -> None:
-    """Quantise a quarter of a square of 128 in tiles, and store it in a column of tiles."""
-    line, tiles = tl.arange(0, 32) * 4 + quarter, tl.cdiv(columns, 128)
-    scale = scale_of_magnitude(largest(x, 1, INTERPRETED), POWER_OF_TWO, INTERPRETED)
-    code = encode(x, scale[:, None], POWER_OF_TWO, INTERPRETED)
-    within = (line * columns)[:, None] + channel[None, :]
-    mask = (line < filled)[:, None] & (channel < columns)[None, :]
-    tl.store(codes + first.to(tl.int64) * columns + within, code, mask=mask)
-    at = scales + first.to(tl.int64) * tiles + (line * tiles + tile)
-    tl.store(at, scale, mask=line < filled)
 
 
 @triton.jit

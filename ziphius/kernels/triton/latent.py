@@ -2,7 +2,8 @@
 
 A row of the cache is read once from memory: it is key with all of its columns, value with its
 first ``C``. A program has rows of queries times heads, so that neighbouring queries of a sequence
-(MTP's two, a prefill chunk's) share what is read for one of them.
+(MTP's two, a prefill chunk's) share what is read for one of them. On Hopper the copy engine feeds
+the published widths in BF16 (``latent_hopper``); all else is plain Triton (``latent_attend``).
 """
 
 # Arguments of kernels have the compiler's types.
@@ -20,15 +21,18 @@ from torch import Tensor
 
 from ziphius.kernels.latent import LatentPages
 from ziphius.kernels.project import require_no_gradient
+from ziphius.kernels.triton import bits
 from ziphius.kernels.triton.latent_attend import attend_kernel, merge_kernel
 
 LOG2E = 1.4426950408889634
 TILE_ROWS = 64  # queries times heads of a program; what a warp group multiplies at a time
 LEAST_SPLIT = 256  # rows of the cache that are worth a program
+_HOPPER = 9  # the major compute capability
+_SEATS = 132  # programs of ``latent_hopper`` that run at a time there, one a multiprocessor
 
 
 class Launch(NamedTuple):
-    """Rows of the cache met at a time, warps, stages, and programs that fill a GPU."""
+    """Of plain Triton: rows of the cache met at a time, warps, stages, programs that fill a GPU."""
 
     met: int
     warps: int
@@ -44,12 +48,10 @@ class Launches(NamedTuple):
     many: Launch
 
 
-# Of those whose blocks a page has whole, the first is the choice; a benchmark may try the others.
+# The first whose blocks a page has whole is the choice; a benchmark may try the other.
 HALF_LAUNCHES = (
     Launches(Launch(32, 4, 5, 264, True), Launch(64, 8, 2, 132, False)),
-    Launches(Launch(32, 4, 5, 264, False), Launch(32, 8, 3, 132, False)),
-    Launches(Launch(32, 4, 6, 264, True), Launch(32, 8, 4, 132, False)),
-    Launches(Launch(64, 8, 3, 264, False), Launch(64, 8, 2, 264, False)),
+    Launches(Launch(32, 4, 5, 264, True), Launch(32, 8, 2, 132, False)),
 )
 SINGLE_LAUNCHES = Launches(Launch(16, 4, 1, 264, True), Launch(16, 8, 1, 132, False))
 
@@ -59,7 +61,8 @@ class TritonLatent:
 
     ``attend`` takes positions of a sequence's tokens as side by side and rising, a scale above
     zero, and pages of a power of two of rows. The split depends on shapes alone: no step waits for
-    the host, and equal steps have equal bits.
+    the host, and equal steps have equal bits. With ``launches``, for a benchmark, it is the plain
+    kernel wherever it runs.
     """
 
     def __init__(self, launches: Launches | None = None) -> None:
@@ -113,15 +116,14 @@ class TritonLatent:
         out_NHC = q_NHc.new_empty(N, H, C)
         if not out_NHC.numel():
             return out_NHC
+        if self.launches is None and copyable(q_NHc, C, cache):
+            return _attend_copied(q_NHc, scale, cache, out_NHC)
         queries, heads = tile_of(N, H, len(cache.tables))
         launch = self._launch(q_NHc.dtype, queries * heads, cache.pages.shape[1])
         blocks, page = triton.cdiv(H, heads), cache.pages.shape[1]
         bound = cache.tables.shape[1] * page
         splits = split_count(triton.cdiv(N, queries) * blocks, bound, launch.programs)
-        lse_SNH = q_NHc.new_empty(splits, N, H, dtype=torch.float32)
-        part_SNHC = out_NHC
-        if splits > 1:
-            part_SNHC = q_NHc.new_empty(splits, N, H, C, dtype=torch.float32)
+        part_SNHC, lse_SNH = _parts(out_NHC, splits)
         attend_kernel[(N * blocks, splits)](
             *(q_NHc, cache.pages, cache.tables, cache.sequence_N, cache.position_N),
             *(part_SNHC, lse_SNH, cache.tables.stride(0)),
@@ -138,9 +140,7 @@ class TritonLatent:
             num_warps=launch.warps,
             num_stages=launch.stages,
         )
-        if splits > 1:
-            merge_kernel[(N * H,)](part_SNHC, lse_SNH, out_NHC, N * H, splits, C=C, CP=_power(C))
-        return out_NHC
+        return _merged(part_SNHC, lse_SNH, out_NHC)
 
     def values(self, z_NHC: Tensor, up_HvC: Tensor) -> Tensor:
         """Bring what was gathered to the heads' values: ``[N, H, v]``."""
@@ -153,6 +153,74 @@ class TritonLatent:
     def _launch(self, dtype: torch.dtype, rows: int, page: int) -> Launch:
         launches = self.launches or choose_launches(dtype, page)
         return launches.few if rows <= TILE_ROWS // 2 else launches.many
+
+
+def copyable(q_NHc: Tensor, C: int, cache: LatentPages) -> bool:
+    """Say whether ``latent_hopper`` is made for a call: on Hopper, BF16, 512 + 64 columns.
+
+    Its copies have 32 rows of one page, and begin at multiples of 16 bytes.
+    """
+    pages, device = cache.pages, q_NHc.device
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] == _HOPPER
+        and not bits.interpreted()
+        and q_NHc.dtype == pages.dtype == torch.bfloat16
+        and (C, q_NHc.shape[2] - C) == (512, 64)
+        and pages.shape[1] % 32 == 0
+        and pages.is_contiguous()
+        and (pages.data_ptr() | q_NHc.data_ptr()) % 16 == 0
+    )
+
+
+def _attend_copied(q_NHc: Tensor, scale: float, cache: LatentPages, out_NHC: Tensor) -> Tensor:
+    # Gluon is needed here only, and not every Triton has it.
+    from ziphius.kernels.triton import latent_hopper
+
+    N, H, _ = q_NHc.shape
+    blocks = triton.cdiv(H, TILE_ROWS)
+    queries = max(1, min(triton.cdiv(N, len(cache.tables)), TILE_ROWS // H))
+    bound = cache.tables.shape[1] * cache.pages.shape[1]
+    splits = even_splits(triton.cdiv(N, queries) * blocks, bound, _SEATS)
+    part_SNHC, lse_SNH = _parts(out_NHC, splits)
+    latent_hopper.launch(
+        *(q_NHc, cache, part_SNHC, lse_SNH, scale * LOG2E),
+        queries=queries,
+        grid=(N * blocks, splits),
+    )
+    return _merged(part_SNHC, lse_SNH, out_NHC)
+
+
+def _parts(out_NHC: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Return where ``splits`` parts of the result are written, and their log-sum-exps."""
+    lse_SNH = out_NHC.new_empty(splits, *out_NHC.shape[:2], dtype=torch.float32)
+    if splits == 1:
+        return out_NHC, lse_SNH
+    return out_NHC.new_empty(splits, *out_NHC.shape, dtype=torch.float32), lse_SNH
+
+
+def _merged(part_SNHC: Tensor, lse_SNH: Tensor, out_NHC: Tensor) -> Tensor:
+    N, H, C = out_NHC.shape
+    if len(lse_SNH) > 1:
+        grid = (N * H,)
+        merge_kernel[grid](part_SNHC, lse_SNH, out_NHC, N * H, len(lse_SNH), C=C, CP=_power(C))
+    return out_NHC
+
+
+def even_splits(programs: int, bound: int, seats: int) -> int:
+    """Choose in how many parts a sequence is cut: none, or so many that 1 to 4 waves are full.
+
+    A program takes as long as some 3 blocks of 64 rows to begin and end, and as long as 2 more to
+    hand over a part; 32 parts are merged in the time of one. ``bound`` is as for ``split_count``.
+    """
+    blocks, most = triton.cdiv(bound, 64), max(1, bound // LEAST_SPLIT)
+
+    def blocks_in_turn(splits: int) -> int:
+        each = triton.cdiv(blocks, splits) + (3 if splits == 1 else 5)
+        return triton.cdiv(programs * splits, seats) * each + splits // 32
+
+    full = (max(1, min(seats * waves // programs, most)) for waves in range(1, 5))
+    return min((1, *full), key=blocks_in_turn)
 
 
 def choose_launches(dtype: torch.dtype, page: int) -> Launches:

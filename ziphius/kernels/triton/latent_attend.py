@@ -91,24 +91,25 @@ def _soften(s, seen, scale_log2, largest, total, KEYS: tl.constexpr):
 
 @triton.jit
 def merge_kernel(part_ptr, lse_ptr, out_ptr, rows, parts, C: tl.constexpr, CP: tl.constexpr):
-    """Sum the parts of one row, each by its share of all weights, in their order."""
+    """Sum the parts of one row, each by its share of all weights, eight at a time, in order."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, CP)
     largest = tl.cast(float("-inf"), tl.float32)
     total = tl.cast(0.0, tl.float32)
     acc = tl.zeros([CP], tl.float32)
-    for part in tl.range(0, parts):
-        place = tl.cast(part, tl.int64) * rows + row
-        lse = tl.load(lse_ptr + place)
+    for first in tl.range(0, parts, 8):
+        part = first + tl.arange(0, 8)
+        place = part.to(tl.int64) * rows + row
+        lse = tl.load(lse_ptr + place, part < parts, other=float("-inf"))
         # A part that nothing was read of is not written either.
-        inside = (columns < C) & (tl.zeros([CP], tl.float32) + lse > float("-inf"))
-        x = tl.load(part_ptr + place * C + columns, inside, other=0.0)
-        larger = tl.maximum(largest, lse)
+        inside = (lse > float("-inf"))[:, None] & (columns < C)[None, :]
+        x = tl.load(part_ptr + place[:, None] * C + columns[None, :], inside, other=0.0)
+        larger = tl.maximum(largest, tl.max(lse, 0))
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         weight = tl.exp2(lse - shift)
         shrink = tl.exp2(largest - shift)
-        total = total * shrink + weight
-        acc = acc * shrink + x * weight
+        total = total * shrink + tl.sum(weight, 0)
+        acc = acc * shrink + tl.sum(x * weight[:, None], 0)
         largest = larger
     out = acc / tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + row * C + columns, out.to(out_ptr.dtype.element_ty), columns < C)

@@ -4,9 +4,12 @@ A row is read once and written to its places, wherever they are; back, a token's
 summed in registers. The sort counts, and every (token, choice) pair finds its own place.
 """
 
+# Tuples of kernels grow.
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +22,22 @@ from ziphius.kernels.triton.groups import codes_of, empty_tiles
 # Of a program that moves rows: bytes of a row, bytes in all.
 ROW_BYTES = 2048
 PROGRAM_BYTES = 8192
+
+
+class TilesLaunch(NamedTuple):
+    """A program's warps; codes of a row that it moves at a time, rows, and how often in a row."""
+
+    warps: int = 4
+    block: int = 1024
+    lines: int = 2
+    blocks: int = 7
+
+
+TILES_CANDIDATES = (
+    TilesLaunch(),
+    TilesLaunch(lines=8, blocks=1),
+    TilesLaunch(2, 1024, 1),
+)
 # Of the sort: pairs of a program, and counts that a scan takes at once.
 PAIRS = 128
 SCAN = 1024
@@ -66,26 +85,36 @@ def unpermute_triton(rows_MD: Tensor, order_M: Tensor, inverse_M: Tensor, K: int
     return _Unpermute.apply(rows_MD, order_M, inverse_M, K)
 
 
-def permute_tiles_triton(q: Fp8, order_M: Tensor, K: int) -> Fp8:
-    """Do what ``permute.permute_tiles`` does, codes and scales in one launch."""
-    columns, rows = q.codes.shape[1], len(order_M)
-    out = empty_tiles(torch.Size((rows, columns)), q.codes.device)
-    block, lines = _blocks(columns, 1)
+def permute_tiles_triton(
+    q: Fp8, order_M: Tensor, inverse_M: Tensor, K: int, *, launch: TilesLaunch | None = None
+) -> Fp8:
+    """Do what ``permute.permute_tiles`` does, codes and scales in one launch.
+
+    Rows are read in their order and written ``K`` times: read in the order of the result, they
+    come from memory again for most of their places, since they do not fit into the cache.
+    """
+    (tokens, columns), size = q.codes.shape, launch or TilesLaunch()
+    out = empty_tiles(torch.Size((len(order_M), columns)), q.codes.device)
+    block = min(size.block, max(triton.next_power_of_2(columns), 128))
+    blocks, lines = min(size.blocks, triton.cdiv(columns, block)), size.lines * size.block // block
     if out.codes.numel():
-        _permute_tiles_kernel[(triton.cdiv(columns, block) * triton.cdiv(rows, lines),)](
+        parts = triton.cdiv(columns, block * blocks)
+        _permute_tiles_kernel[(parts * triton.cdiv(tokens, lines),)](
             codes_of(q),
             q.scales,
-            order_M,
+            inverse_M,
             codes_of(out),
             out.scales,
-            rows,
+            tokens,
             columns,
             tile_count(columns),
-            K,
+            parts,
+            K=K,
             LINES=lines,
             BLOCK=block,
-            TILES=max(block // 128, 1),
-            num_warps=4,
+            BLOCKS=blocks,
+            TILES=triton.next_power_of_2(block * blocks // 128),
+            num_warps=size.warps,
         )
     return out
 
@@ -189,30 +218,41 @@ def _widened(x: tl.tensor) -> tl.tensor:
 def _permute_tiles_kernel(
     codes: tl.tensor,
     scales: tl.tensor,
-    order: tl.tensor,
+    inverse: tl.tensor,
     out_codes: tl.tensor,
     out_scales: tl.tensor,
-    rows: tl.tensor,
+    tokens: tl.tensor,
     columns: tl.tensor,
     tiles: tl.tensor,
+    parts: tl.tensor,
     K: tl.constexpr,
     LINES: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    blocks = tl.cdiv(columns, BLOCK)
-    block = tl.program_id(0) % blocks
-    row = (tl.program_id(0) // blocks * LINES + tl.arange(0, LINES)).to(tl.int64)
-    valid = row < rows
-    token = tl.load(order + row, mask=valid, other=0) // K
-    column = block * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = valid[:, None] & (column < columns)
-    code = tl.load(codes + (token * columns)[:, None] + column, mask=mask)
-    tile = block * TILES + tl.arange(0, TILES)[None, :]
-    mask_tiles = valid[:, None] & (tile < tiles)
-    scale = tl.load(scales + (token * tiles)[:, None] + tile, mask=mask_tiles)
-    tl.store(out_codes + (row * columns)[:, None] + column, code, mask=mask)
-    tl.store(out_scales + (row * tiles)[:, None] + tile, scale, mask=mask_tiles)
+    part = tl.program_id(0) % parts
+    token = (tl.program_id(0) // parts * LINES + tl.arange(0, LINES)).to(tl.int64)
+    valid = token < tokens
+    begin, column = part * (BLOCK * BLOCKS), tl.arange(0, BLOCK)[None, :]
+    code, own = (), codes + (token * columns)[:, None]
+    for block in tl.static_range(BLOCKS):
+        at = begin + block * BLOCK + column
+        code += (tl.load(own + at, mask=valid[:, None] & (at < columns)),)
+    number = tl.arange(0, TILES)[None, :]
+    tile = part * (BLOCK * BLOCKS // 128) + number
+    there = valid[:, None] & (number < BLOCK * BLOCKS // 128) & (tile < tiles)
+    scale = tl.load(scales + (token * tiles)[:, None] + tile, mask=there)
+    for choice in tl.static_range(K):
+        row = tl.load(inverse + token * K + choice, mask=valid, other=0)[:, None]
+        for block in tl.static_range(BLOCKS):
+            at = begin + block * BLOCK + column
+            mask = valid[:, None] & (at < columns)
+            # What is written leaves the cache first: what is still to be read stays.
+            own = out_codes + row * columns + at
+            tl.store(own, code[block], mask=mask, eviction_policy="evict_first")
+        own = out_scales + row * tiles + tile
+        tl.store(own, scale, mask=there, eviction_policy="evict_first")
 
 
 @triton.jit

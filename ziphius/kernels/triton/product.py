@@ -30,9 +30,8 @@ class Config(NamedTuple):
 
     ``splits`` programs share the sum of one tile; with ``copies`` the copy engine (TMA) loads the
     operands. Both are ``plain``'s; the others always copy, with their own number of warps.
-    ``at_once`` groups of K are in a round of ``pairs``' loop: with more than 4 (2 with 192 columns)
-    registers do not suffice. With ``direct``, ``hopper`` reads
-    scales of rows where quantisers leave them; without it from a copy, turned, made first.
+    ``at_once`` groups of K are in a round of ``pairs``' loop: with more than 4 registers do not
+    suffice.
     """
 
     engine: str
@@ -44,7 +43,6 @@ class Config(NamedTuple):
     copies: bool = True
     band: int = 8
     at_once: int = 1
-    direct: bool = False
 
 
 class Shape(NamedTuple):

@@ -1,7 +1,8 @@
 """The quantisers of ``kernels/quantize.py`` on a GPU: every number is read once, the bits equal.
 
 A program takes some groups of 128, or a square of rows and channels whose columns it may write as
-rows. Where segments lie is found out by every program itself, from counts that stay on the device.
+rows: in whole units (``squares.py``) wherever BF16 or codes have whole squares of them. Where
+segments lie is found out by every program itself, from counts that stay on the device.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,6 +27,7 @@ from ziphius.kernels.triton.bits import (
 from ziphius.kernels.triton.groups import (
     block_of_experts,
     codes_of,
+    cut_back,
     empty_fp8,
     empty_tiles,
     empty_turned,
@@ -33,39 +36,36 @@ from ziphius.kernels.triton.groups import (
     load_quarter,
     load_scales,
     locate,
+    padded,
     rows_of,
     store_groups,
-    store_quarter,
     store_turned,
     words_of,
 )
+from ziphius.kernels.triton.squares import BOTH, TURN, both_units, regroup_units, turn_units
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How much a program takes, of which operation.
+    """How much a program of ``tiles`` takes, ``groups`` of 128 numbers, and of ``blocks``.
 
-    ``groups`` of 128 numbers of tiles; 128 rows of ``channels`` of a turned matrix, ``vector`` of
-    them a thread and load; for both at once, and for blocks, a square of 128. ``registers`` bound
-    those of ``both``: 80 let three programs of eight warps run side by side.
+    Those take a square of 128, whose rows a thread loads ``vector`` numbers at once.
     """
 
     groups: int = 32
-    channels: int = 64
-    vector: int = 8
     warps: int = 4
-    square_warps: int = 8
-    registers: int | None = 80
+    vector: int = 8
     block_warps: int = 16
 
 
 CANDIDATES = (
     Launch(),
-    Launch(groups=16, vector=4, registers=None),
-    Launch(groups=64, channels=128, warps=8, square_warps=4, registers=None, block_warps=8),
-    Launch(groups=16, channels=128, vector=16, square_warps=4, registers=None, block_warps=8),
-    Launch(groups=64, channels=128, vector=4, warps=8, square_warps=16, registers=None),
+    Launch(groups=16, vector=4),
+    Launch(groups=64, warps=8, block_warps=8),
+    Launch(groups=16, vector=16, block_warps=8),
+    Launch(groups=64, vector=4, warps=8),
 )
+CHANNELS = 64  # of 128 rows, that a program turns where squares do not fit
 
 
 class TritonQuantize:
@@ -76,11 +76,10 @@ class TritonQuantize:
 
     def tiles(self, x: Tensor, *, power_of_two: bool = False) -> Fp8:
         """Do what ``quantize_tiles`` does."""
-        x_MC = rows_of(x)
-        out = empty_tiles(x.shape, x.device)
+        x_MC, size = padded(rows_of(x)), self.launch
+        out = empty_tiles(x_MC.shape, x_MC.device)
         groups = out.scales.numel()
-        if groups and x.numel():
-            size = self.launch
+        if groups:
             _tiles_kernel[(triton.cdiv(groups, size.groups),)](
                 x_MC,
                 codes_of(out),
@@ -93,25 +92,38 @@ class TritonQuantize:
                 INTERPRETED=interpreted(),
                 num_warps=size.warps,
             )
-        return out
+        return cut_back(out, x.shape)
 
     def turn(
         self, x_MC: Tensor, counts_E: Tensor | None = None, *, power_of_two: bool = False
     ) -> Fp8:
         """Do what the function ``turn`` does, without a look at the counts by the host."""
-        return self._turn(rows_of(x_MC), None, counts_E, power_of_two)
+        x_MC = rows_of(x_MC)
+        if x_MC.dtype != torch.bfloat16 or not TURN.fits(x_MC):
+            return self._turn(x_MC, None, counts_E, power_of_two)
+        rows, columns = x_MC.shape
+        out = empty_turned(rows, columns, counts_E, x_MC.device)
+        if out.scales.numel():
+            turn_units(x_MC, out, counts_E, power_of_two=power_of_two)
+        return out
 
     def regroup(self, q: Fp8, counts_E: Tensor | None = None, *, power_of_two: bool = False) -> Fp8:
         """Do what the function ``regroup`` does, without the matrix between."""
-        return self._turn(q.codes, q.scales, counts_E, power_of_two)
+        if not TURN.fits(q.codes):
+            return self._turn(q.codes, q.scales, counts_E, power_of_two)
+        rows, columns = q.codes.shape
+        out = empty_turned(rows, columns, counts_E, q.codes.device)
+        if out.scales.numel():
+            regroup_units(q, out, counts_E, power_of_two=power_of_two)
+        return out
 
     def _turn(
         self, x_MC: Tensor, scales: Tensor | None, counts_E: Tensor | None, power_of_two: bool
     ) -> Fp8:
-        (rows, columns), size = x_MC.shape, self.launch
+        rows, columns = x_MC.shape
         out = empty_turned(rows, columns, counts_E, x_MC.device)
         if out.scales.numel():
-            _turn_kernel[(triton.cdiv(columns, size.channels), out.scales.shape[1])](
+            _turn_kernel[(triton.cdiv(columns, CHANNELS), out.scales.shape[1])](
                 x_MC,
                 scales,
                 counts_E,
@@ -122,59 +134,42 @@ class TritonQuantize:
                 columns,
                 out.codes.shape[1],
                 0 if counts_E is None else len(counts_E),
-                CHANNELS=size.channels,
-                VECTOR=size.vector,
+                CHANNELS=CHANNELS,
                 EXPERTS=block_of_experts(counts_E),
                 POWER_OF_TWO=power_of_two,
                 INTERPRETED=interpreted(),
-                num_warps=size.warps,
             )
         return out
 
     def both(
         self, x_MC: Tensor, counts_E: Tensor | None = None, *, power_of_two: bool = False
     ) -> tuple[Fp8, Fp8]:
-        """Return ``x`` in tiles, and turned, of one reading."""
+        """Return ``x`` in tiles, and turned; of one reading where squares of 128 fit."""
         x_MC = rows_of(x_MC)
-        (rows, columns), size = x_MC.shape, self.launch
+        if x_MC.dtype != torch.bfloat16 or not BOTH.fits(x_MC):
+            tiles = self.tiles(x_MC, power_of_two=power_of_two)
+            return tiles, self.turn(x_MC, counts_E, power_of_two=power_of_two)
+        rows, columns = x_MC.shape
         tiles = empty_tiles(x_MC.shape, x_MC.device)
         turned = empty_turned(rows, columns, counts_E, x_MC.device)
         if turned.scales.numel():
-            _both_kernel[(tile_count(columns), turned.scales.shape[1])](
-                x_MC,
-                counts_E,
-                codes_of(tiles),
-                tiles.scales,
-                words_of(turned),
-                turned.scales,
-                x_MC.stride(0),
-                rows,
-                columns,
-                turned.codes.shape[1],
-                0 if counts_E is None else len(counts_E),
-                VECTOR=size.vector,
-                EXPERTS=block_of_experts(counts_E),
-                POWER_OF_TWO=power_of_two,
-                INTERPRETED=interpreted(),
-                num_warps=size.square_warps,
-                maxnreg=size.registers,
-            )
+            both_units(x_MC, tiles, turned, counts_E, power_of_two=power_of_two)
         return tiles, turned
 
     def blocks(self, weight: Tensor, *, power_of_two: bool = False) -> tuple[Fp8, Fp8]:
         """Return a weight, or a stack of them, in blocks, and its transpose, of one reading."""
-        weight = weight.contiguous()
+        O, I = weight.shape[-2:]  # noqa: E741
+        weight = padded(weight.contiguous(), 2)
         *stack, rows, columns = weight.shape
         grid = tile_count(columns), tile_count(rows), prod(stack)
         q = empty_fp8((*stack, rows, columns), (*stack, grid[1], grid[0]), TILE, weight.device)
         t = empty_fp8((*stack, columns, rows), (*stack, grid[0], grid[1]), TILE, weight.device)
-        whole = rows % 4 == 0
         if weight.numel():
             _blocks_kernel[grid](
                 weight,
                 codes_of(q),
                 q.scales,
-                words_of(t) if whole else None,
+                words_of(t),
                 t.scales,
                 rows,
                 columns,
@@ -183,9 +178,10 @@ class TritonQuantize:
                 INTERPRETED=interpreted(),
                 num_warps=self.launch.block_warps,
             )
-        if not whole:  # no weight of the published models
-            codes_of(t).copy_(codes_of(q).mT)
-        return q, t
+        return (
+            Fp8(q.codes[..., :O, :I].contiguous(), q.scales, TILE),
+            Fp8(t.codes[..., :I, :O].contiguous(), t.scales, TILE),
+        )
 
 
 @triton.jit
@@ -211,7 +207,7 @@ def _tiles_kernel(
     store_groups(number, codes, scales, row, tile, columns, valid, POWER_OF_TWO, INTERPRETED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _turn_kernel(
     x: tl.tensor,
     x_scales: tl.tensor,
@@ -224,14 +220,13 @@ def _turn_kernel(
     width: tl.tensor,
     experts: tl.tensor,
     CHANNELS: tl.constexpr,
-    VECTOR: tl.constexpr,
     EXPERTS: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
     tile = tl.program_id(1)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
-    channel = tl.max_contiguous(tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), VECTOR)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     a = wide(load_quarter(x, 0, first, filled, stride, channel, columns), INTERPRETED)
     b = wide(load_quarter(x, 1, first, filled, stride, channel, columns), INTERPRETED)
     c = wide(load_quarter(x, 2, first, filled, stride, channel, columns), INTERPRETED)
@@ -247,63 +242,7 @@ def _turn_kernel(
     )
 
 
-@triton.jit
-def _both_kernel(
-    x: tl.tensor,
-    counts: tl.tensor,
-    codes: tl.tensor,
-    scales: tl.tensor,
-    turned_codes: tl.tensor,
-    turned_scales: tl.tensor,
-    stride: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
-    width: tl.tensor,
-    experts: tl.tensor,
-    VECTOR: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-) -> None:
-    tile, group = tl.program_id(1), tl.program_id(0)
-    first, filled = locate(counts, tile, rows, experts, EXPERTS)
-    channel = tl.max_contiguous(group * 128 + tl.arange(0, 128), VECTOR)
-    a = load_quarter(x, 0, first, filled, stride, channel, columns)
-    b = load_quarter(x, 1, first, filled, stride, channel, columns)
-    c = load_quarter(x, 2, first, filled, stride, channel, columns)
-    d = load_quarter(x, 3, first, filled, stride, channel, columns)
-    quarters = a, b, c, d
-    for quarter in tl.static_range(4):
-        store_quarter(
-            wide(quarters[quarter], INTERPRETED),
-            codes,
-            scales,
-            quarter,
-            first,
-            filled,
-            channel,
-            group,
-            columns,
-            POWER_OF_TWO,
-            INTERPRETED,
-        )
-    store_turned(
-        wide(a, INTERPRETED, True),
-        wide(b, INTERPRETED, True),
-        wide(c, INTERPRETED, True),
-        wide(d, INTERPRETED, True),
-        turned_codes,
-        turned_scales,
-        channel,
-        tile,
-        columns,
-        width,
-        POWER_OF_TWO,
-        INTERPRETED,
-    )
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _blocks_kernel(
     weight: tl.tensor,
     codes: tl.tensor,
@@ -338,12 +277,11 @@ def _blocks_kernel(
         mask = (line < filled)[:, None] & (channel < columns)[None, :]
         at = codes + first.to(tl.int64) * columns + ((line * columns)[:, None] + channel[None, :])
         tl.store(at, to_e4m3(quarters[quarter], INTERPRETED), mask=mask)
-    if turned_codes is not None:
-        word = down * 32 + tl.arange(0, 32)[None, :]
-        row = channel[:, None].to(tl.int64)
-        mask = (word * 4 < rows) & (row < columns)
-        at = turned_codes + (begin + row * rows) // 4 + word
-        tl.store(at, tl.trans(word_of(a, b, c, d, INTERPRETED)), mask=mask)
+    word = down * 32 + tl.arange(0, 32)[None, :]
+    row = channel[:, None].to(tl.int64)
+    at = turned_codes + (begin + row * rows) // 4 + word
+    words = tl.trans(word_of(a, b, c, d, INTERPRETED))
+    tl.store(at, words, mask=(word * 4 < rows) & (row < columns))
     high, broad = tl.cdiv(rows, 128), tl.cdiv(columns, 128)
     blocks = matrix * high * broad
     tl.store(scales + blocks + down * broad + across, scale)

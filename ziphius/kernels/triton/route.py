@@ -67,11 +67,10 @@ def route_kernel(
     tl.store(scores_ptr + place, scores.to(scores_ptr.dtype.element_ty), inside)
     biased = scores + tl.load(bias_ptr + expert, real, other=0.0).to(tl.float32)
     biased = tl.where(biased == biased, biased, float("inf"))
-    if GROUPS > 1:
-        biased = _best_groups(tl.where(real, biased, float("-inf")), member, KEPT, GP)
     key = tl.where(real, _ordered(biased), LEAST)
-    chosen = _largest(tl.reshape(key, [TOKENS, GP * EP]), TOKENS, K, KP)
-    chosen = chosen // EP * EACH + chosen % EP
+    if GROUPS > 1:
+        key = _best_groups(key, member, KEPT, GP)
+    chosen = _largest(key, expert, TOKENS, K, KP)
     choice = tl.arange(0, KP)[None, :]
     inside = (tokens < N)[:, None] & (choice < K)
     # Read again, from a cache: to pick them out of the scores takes longer.
@@ -99,30 +98,41 @@ def _ordered(x):
 
 
 @triton.jit
-def _best_groups(biased, member, KEPT: tl.constexpr, GP: tl.constexpr):
+def _best_groups(key, member, KEPT: tl.constexpr, GP: tl.constexpr):
     """Leave the experts of the ``KEPT`` groups whose two best are the greatest in sum."""
-    best = tl.max(biased, 2)
-    first = tl.min(tl.where(biased == best[:, :, None], member, member.shape[2]), 2)
-    second = tl.max(tl.where(member == first[:, :, None], float("-inf"), biased), 2)
-    mine, other = (best + second)[:, :, None], (best + second)[:, None, :]
+    best = tl.max(key, 2)
+    first = tl.min(tl.where(key == best[:, :, None], member, member.shape[2]), 2)
+    second = tl.max(tl.where(member == first[:, :, None], LEAST, key), 2)
+    total = _number(best) + _number(second)
+    mine, other = total[:, :, None], total[:, None, :]
     number = tl.arange(0, GP)
     earlier = number[None, None, :] < number[None, :, None]
     before = (other > mine) | ((other == mine) & earlier)
     kept = tl.sum(before.to(tl.int32), 2) < KEPT
-    return tl.where(kept[:, :, None], biased, float("-inf"))
+    return tl.where(kept[:, :, None], key, LEAST)
 
 
 @triton.jit
-def _largest(key, TOKENS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
-    """Return the places of the ``K`` largest of each row, of equals the first: ``[TOKENS, KP]``."""
-    place = tl.arange(0, key.shape[1])[None, :]
+def _number(key):
+    """Return the FP32 number of an ``_ordered`` integer, minus infinity for ``LEAST``."""
+    key = tl.maximum(key, -2139095041)
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _largest(key, expert, TOKENS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
+    """Return the ``K`` experts of the largest keys of each token, of equals the first.
+
+    An axis after the other: Triton 3.6 mixes up tokens where it reduces a reshaped axis whose
+    numbers lie in threads that are not neighbours (seen on a GPU).
+    """
     choice = tl.arange(0, KP)[None, :]
     chosen = tl.zeros([TOKENS, KP], tl.int32)
     for k in tl.static_range(K):
-        best = tl.max(key, 1)[:, None]
-        first = tl.min(tl.where(key == best, place, key.shape[1]), 1)[:, None]
-        chosen = tl.where(choice == k, first, chosen)
-        key = tl.where(place == first, LEAST, key)
+        best = tl.max(tl.max(key, 1), 1)[:, None, None]
+        first = tl.min(tl.min(tl.where(key == best, expert, 2**30), 1), 1)
+        chosen = tl.where(choice == k, first[:, None], chosen)
+        key = tl.where(expert == first[:, None, None], LEAST, key)
     return chosen
 
 

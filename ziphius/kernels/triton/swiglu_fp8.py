@@ -14,37 +14,32 @@ from ziphius.kernels.triton.bits import approximate, interpreted, wide
 from ziphius.kernels.triton.groups import (
     block_of_experts,
     codes_of,
+    cut_back,
     empty_tiles,
     empty_turned,
     load_quarter,
     load_scales,
     locate,
+    padded,
     store_groups,
     store_turned,
     words_of,
 )
+from ziphius.kernels.triton.squares import TURN
+from ziphius.kernels.triton.swiglu_units import again_units
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How much a program takes: groups forward and of a row back, channels of a turned square.
-
-    ``vector`` of those are a thread's, of a row.
-    """
+    """How much a program takes: ``groups`` of 128 forward, and ``back`` of a row at a time back."""
 
     groups: int = 16
-    channels: int = 64
-    vector: int = 8
     back: int = 16
     warps: int = 4
 
 
-CANDIDATES = (
-    Launch(),
-    Launch(groups=8, vector=4, back=8),
-    Launch(groups=32, channels=128, back=32, warps=8),
-    Launch(groups=32, channels=128, vector=16, back=8),
-)
+CANDIDATES = (Launch(), Launch(8, 8), Launch(32, 32, warps=8), Launch(32, 8))
+CHANNELS = 64  # of 128 rows, that a program turns where squares do not fit
 
 
 class TritonSwigluFp8:
@@ -62,9 +57,10 @@ class TritonSwigluFp8:
         power_of_two: bool = False,
     ) -> tuple[Fp8, Fp8, Fp8]:
         """Return the product and both inputs in tiles."""
+        shape, size = gate_MF.shape, self.launch
+        gate_MF, up_MF = padded(gate_MF), padded(up_MF)
         outputs = tuple(empty_tiles(gate_MF.shape, gate_MF.device) for _ in range(3))
-        hidden, gate, up = outputs
-        groups, size = hidden.scales.numel(), self.launch
+        groups = outputs[0].scales.numel()
         if groups:
             _swiglu_kernel[(triton.cdiv(groups, size.groups),)](
                 gate_MF,
@@ -80,6 +76,7 @@ class TritonSwigluFp8:
                 INTERPRETED=interpreted(),
                 num_warps=size.warps,
             )
+        hidden, gate, up = (cut_back(q, shape) for q in outputs)
         return hidden, gate, up
 
     def turned(
@@ -92,10 +89,14 @@ class TritonSwigluFp8:
         power_of_two: bool = False,
     ) -> Fp8:
         """Compute the product again from the kept inputs, and turn it."""
-        (rows, columns), size = gate.codes.shape, self.launch
+        rows, columns = gate.codes.shape
         out = empty_turned(rows, columns, counts_E, gate.codes.device)
-        if out.scales.numel():
-            _swiglu_turned_kernel[(triton.cdiv(columns, size.channels), out.scales.shape[1])](
+        if not out.scales.numel():
+            return out
+        if TURN.fits(gate.codes) and TURN.fits(up.codes):
+            again_units(gate, up, gates_M, out, counts_E, power_of_two=power_of_two)
+        else:
+            _swiglu_turned_kernel[(triton.cdiv(columns, CHANNELS), out.scales.shape[1])](
                 gate.codes,
                 gate.scales,
                 up.codes,
@@ -108,12 +109,11 @@ class TritonSwigluFp8:
                 columns,
                 out.codes.shape[1],
                 0 if counts_E is None else len(counts_E),
-                CHANNELS=size.channels,
-                VECTOR=size.vector,
+                CHANNELS=CHANNELS,
                 EXPERTS=block_of_experts(counts_E),
                 POWER_OF_TWO=power_of_two,
                 INTERPRETED=interpreted(),
-                num_warps=size.warps,
+                num_warps=8,
             )
         return out
 
@@ -215,7 +215,7 @@ def _swiglu_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _swiglu_turned_kernel(
     gate_codes: tl.tensor,
     gate_scales: tl.tensor,
@@ -230,14 +230,13 @@ def _swiglu_turned_kernel(
     width: tl.tensor,
     experts: tl.tensor,
     CHANNELS: tl.constexpr,
-    VECTOR: tl.constexpr,
     EXPERTS: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
     tile = tl.program_id(1)
     first, filled = locate(counts, tile, rows, experts, EXPERTS)
-    channel = tl.max_contiguous(tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), VECTOR)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inputs = gate_codes, gate_scales, up_codes, up_scales, gates
     place = tl.program_id(0) * CHANNELS // 128, first, filled, channel, columns
     a = _hidden(inputs, 0, place, INTERPRETED)
@@ -271,11 +270,12 @@ def _hidden(inputs, QUARTER: tl.constexpr, place, INTERPRETED: tl.constexpr) -> 
         load_quarter(gate_codes, QUARTER, first, filled, columns, channel, columns), INTERPRETED
     )
     g *= load_scales(gate_scales, QUARTER, first, filled, tiles, tile)
-    row = load_scales(up_scales, QUARTER, first, filled, tiles, tile)
-    if gates is not None:
-        row *= load_scales(gates, QUARTER, first, filled, 1, 0)
     u = wide(load_quarter(up_codes, QUARTER, first, filled, columns, channel, columns), INTERPRETED)
-    return g * _sigmoid(g, INTERPRETED) * (u * row)
+    u *= load_scales(up_scales, QUARTER, first, filled, tiles, tile)
+    hidden = g * _sigmoid(g, INTERPRETED) * u
+    if gates is not None:
+        hidden *= load_scales(gates, QUARTER, first, filled, 1, 0)
+    return hidden
 
 
 @triton.jit
