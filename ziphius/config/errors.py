@@ -2,9 +2,16 @@
 
 
 class ZiphiusError(Exception):
-    """A failure told in one line: what went wrong, where, and what to do. Exit code 1."""
+    """A failure told in one line: what went wrong, where, and what to do. Exit code 1.
+
+    ``advice`` ends that line. Of many processes that fail together one tells it, and none that
+    knows it ``told`` by another. ``lost`` says that a process has missed others.
+    """
 
     exit_code = 1
+    advice = ""
+    told = False
+    lost = False
 
 
 class BadInput(ZiphiusError):

@@ -38,6 +38,7 @@ class _Trunk(Table):
     max_position_embeddings: int = Field(4096, ge=1)
     rms_norm_eps: float = Field(1e-6, gt=0)
     initializer_range: float | None = Field(None, gt=0)
+    num_labels: int = Field(0, ge=0)
     bos_token_id: int = Field(0, ge=0)
     eos_token_id: int | tuple[int, ...] = 1
 
@@ -67,7 +68,10 @@ class _Experts(Table):
 
 
 class ModelConfig(_Trunk, _Attention, _Experts):
-    """Dimensions of a DeepSeek-V3 network (facts 1.1, 1.8)."""
+    """Dimensions of a DeepSeek-V3 network (facts 1.1, 1.8).
+
+    With ``num_labels`` there is a second head beside that of tokens, which gives so many scores.
+    """
 
     @property
     def qk_head_dim(self) -> int:

@@ -1,12 +1,12 @@
-"""The [pretrain] table: what is optimised, how, and for how long (facts 6.3).
+"""What is optimised, how, and for how long: the [pretrain] table, and what other stages share.
 
-The table is flat; its fields come in four groups, one class each. A moment of the run is a number
-of tokens seen or a share of the run, as in ``"67.5%"``.
+The tables are flat; their fields come in four groups, one class each (facts 6.3). A moment of the
+run is a number of tokens seen or a share of the run, as in ``"67.5%"``.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -34,7 +34,9 @@ class _Rate(Table):
     last_start: Moment = "100%"
 
 
-class _Optimizer(Table):
+class OptimizerSettings(Table):
+    """AdamW, clipping, and the average of the weights."""
+
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
@@ -44,7 +46,9 @@ class _Optimizer(Table):
     ema_decay: float = Field(0.0, ge=0, lt=1)
 
 
-class _Objective(Table):
+class ObjectiveSettings(Table):
+    """What is minimised, and how routing biases move."""
+
     bias_update_speed: float = Field(0.001, ge=0)
     bias_update_stop: Moment = "100%"
     balance_loss_weight: float = Field(0.0001, ge=0)
@@ -54,8 +58,8 @@ class _Objective(Table):
     mtp_loss_weight_change: Moment = "100%"
 
 
-class PretrainConfig(_Length, _Rate, _Optimizer, _Objective):
-    """A run's length is ``tokens``, or ``steps`` of a constant batch; batches count sequences.
+class TrainingConfig(_Length, _Rate, OptimizerSettings, ObjectiveSettings):
+    """A stage's length is ``tokens``, or ``steps`` of a constant batch; batches count sequences.
 
     ``batch_size`` is one optimizer step's over all ranks; it grows from ``batch_size_start`` until
     ``batch_ramp_end``. The learning rate is warmed up over ``warmup_steps``, constant until
@@ -73,8 +77,14 @@ class PretrainConfig(_Length, _Rate, _Optimizer, _Objective):
         assert self.steps is not None, "the table is checked when it is read"
         return self.steps * self.batch_size * self.sequence_length
 
+    def until(self, tokens: int) -> Self:
+        """Return the table of a stage that has ended after so many tokens."""
+        if self.steps is None:
+            return self.model_copy(update={"tokens": tokens})
+        return self.model_copy(update={"steps": tokens // (self.batch_size * self.sequence_length)})
+
     @model_validator(mode="after")
-    def _batches_divide(self) -> PretrainConfig:
+    def _batches_divide(self) -> Self:
         for name in ("batch_size", "batch_size_start"):
             size = getattr(self, name)
             if size is not None and size % self.micro_batch_size:
@@ -84,7 +94,7 @@ class PretrainConfig(_Length, _Rate, _Optimizer, _Objective):
         return self
 
     @model_validator(mode="after")
-    def _length_is_known(self) -> PretrainConfig:
+    def _length_is_known(self) -> Self:
         if (self.steps is None) == (self.tokens is None):
             raise ValueError(
                 f"steps = {self.steps} and tokens = {self.tokens}: give one of them and unset the "
@@ -96,3 +106,13 @@ class PretrainConfig(_Length, _Rate, _Optimizer, _Objective):
                 "in tokens: set tokens in place of steps"
             )
         return self
+
+
+class PretrainConfig(TrainingConfig):
+    """The [pretrain] table."""
+
+    @property
+    def ending_rate(self) -> float:
+        """The learning rate of the last steps, which the next stages go on with."""
+        last = self.last_learning_rate
+        return self.final_learning_rate if last is None else last

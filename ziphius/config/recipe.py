@@ -11,13 +11,19 @@ from typing import Any
 from pydantic import model_validator
 
 from ziphius.config.data import DataConfig
+from ziphius.config.distill import DistillConfig
+from ziphius.config.dpo import DpoConfig
 from ziphius.config.errors import BadInput
+from ziphius.config.extend import ExtendConfig
+from ziphius.config.grpo import GrpoConfig
 from ziphius.config.guard import GuardConfig
 from ziphius.config.model import ModelConfig
 from ziphius.config.parallel import ParallelConfig
 from ziphius.config.precision import PrecisionConfig
 from ziphius.config.pretrain import PretrainConfig
+from ziphius.config.reward import RewardConfig
 from ziphius.config.run import RunConfig
+from ziphius.config.sft import SftConfig
 from ziphius.config.table import Table, build, nearest
 from ziphius.config.tokenizer import TokenizerConfig
 
@@ -33,6 +39,12 @@ class Recipe(Table):
     parallel: ParallelConfig = ParallelConfig()
     guard: GuardConfig = GuardConfig()
     run: RunConfig = RunConfig()
+    extend: ExtendConfig | None = None
+    sft: SftConfig | None = None
+    reward: RewardConfig | None = None
+    distill: DistillConfig | None = None
+    dpo: DpoConfig | None = None
+    grpo: GrpoConfig | None = None
 
     @model_validator(mode="after")
     def _tables_agree(self) -> Recipe:
@@ -77,6 +89,11 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     return build(Recipe, values, where=f"recipe {source}")
 
 
+def read_recipe(text: str, where: str) -> Recipe:
+    """Read a recipe from TOML. Raises BadInput, which names ``where`` it comes from."""
+    return build(Recipe, _parse(text, where), where=f"recipe {where}")
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """Write a recipe as TOML that ``load_recipe`` reads back equal."""
     import tomli_w
@@ -89,12 +106,12 @@ def changed_keys(first: Recipe, second: Recipe) -> list[str]:
     one, other = (
         {
             f"{table}.{key}": value
-            for table, fields in recipe.model_dump().items()
+            for table, fields in recipe.model_dump(exclude_none=True).items()
             for key, value in fields.items()
         }
         for recipe in (first, second)
     )
-    return sorted(key for key in one if one[key] != other[key])
+    return sorted(key for key in one | other if one.get(key) != other.get(key))
 
 
 def _read_values(source: str) -> dict[str, Any]:
