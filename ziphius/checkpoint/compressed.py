@@ -45,6 +45,7 @@ HIGH_PRECISION: Mapping[str, str] = MappingProxyType(
         r".*embed_tokens$": "rows are looked up, not multiplied",
         "|".join(_HEAD): "its error meets no later layer that could mend it",
         r".*norm$": "vectors",
+        r"score$": "a handful of rows, read once an answer",
         r".*mlp\.gate$": "an error here sends a token to other experts; holds the routing bias too",
         r".*eh_proj$": "joins hidden state and embedding, whose sizes differ",
     }

@@ -43,6 +43,7 @@ _SPELLED_APART = frozenset(
         "rope_theta",
         "rope_scaling",
         "num_nextn_predict_layers",
+        "num_labels",
         "initializer_range",
         "bos_token_id",
         "eos_token_id",
@@ -82,6 +83,8 @@ def config_json(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
         **_BUILT_IN,
         "num_key_value_heads": config.num_attention_heads,
         "num_nextn_predict_layers": config.num_nextn_predict_layers,
+        # transformers' name for the scores of its ForSequenceClassification.
+        **({"num_labels": config.num_labels} if config.num_labels else {}),
         "initializer_range": config.init_std,
         "rope_theta": config.rope_theta,
         "rope_scaling": _written_yarn(config.rope_scaling),
@@ -133,6 +136,7 @@ def read_config(folder: Path, *, mtp: bool = True) -> ModelConfig:
         "num_nextn_predict_layers": (
             raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers")) or 0
         ),
+        "num_labels": raw.get("num_labels") or 0,
         "initializer_range": raw.get("initializer_range") or None,
         **{k: raw[k] for k in ("bos_token_id", "eos_token_id") if raw.get(k) is not None},
         "rope_theta": theta,

@@ -19,7 +19,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,11 @@ def is_weight_file(name: str) -> bool:
 
 @contextmanager
 def replace_directory(
-    target: Path, *, keep_unknown: bool = True, checksums: Mapping[str, str] | None = None
+    target: Path,
+    *,
+    keep_unknown: bool = True,
+    checksums: Mapping[str, str] | None = None,
+    before_each: Callable[[], None] = lambda: None,
 ) -> Iterator[Path]:
     """Yield an empty folder that takes the place of ``target`` when the block ends well.
 
@@ -58,6 +62,7 @@ def replace_directory(
     kept, except weights, their index and the manifest; the files themselves are shared, not
     copied, where the file system can. Links and folders inside are kept as they are. ``checksums``
     are SHA-256 of new files at the top that were taken already, at the latest when the block ends.
+    ``before_each`` is called before a file is brought to the disk, and may raise to give up.
 
     Raises BadInput, one line, if ``target`` is a file, a mount point or a folder with something
     other than a checkpoint in it; if the disk is full, read-only or forbidden to this user.
@@ -77,7 +82,7 @@ def replace_directory(
             if keep_unknown and target.exists():
                 _carry_over(target, new)
             write_manifest(new, checksums)
-            _flush_tree(new)
+            _flush_tree(new, before_each)
             _swap(new, target, _sibling(target, "previous", tag))
         flush(target.parent)
     finally:
@@ -317,6 +322,11 @@ def check_manifest(
     )
 
 
+def manifest_sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of every file that a folder's manifest lists. Raises BadInput."""
+    return {name: entry["bytes"] for name, entry in _read_manifest(folder / MANIFEST).items()}
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
@@ -377,11 +387,10 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _flush_tree(folder: Path) -> None:
-    for path in _regular_files(folder):
+def _flush_tree(folder: Path, before_each: Callable[[], None]) -> None:
+    for path in (*_regular_files(folder), *(Path(p) for p, _, _ in os.walk(folder, topdown=False))):
+        before_each()
         flush(path)
-    for parent, _, _ in os.walk(folder, topdown=False):
-        flush(Path(parent))
 
 
 def flush(path: Path) -> None:

@@ -18,7 +18,9 @@ def checkpoint_folder(path: Path) -> Path:
     """Return the Hugging Face folder that ``path`` means: itself, a run's final checkpoint, or the
     newest one of a run that has not ended.
     """
-    for folder in (path, path / "checkpoint", *stage_checkpoints(path / "stages" / "pretrain")):
+    stages = sorted((path / "stages").glob("*"))
+    newest = [checkpoint for stage in stages for checkpoint in stage_checkpoints(stage)]
+    for folder in (path, path / "checkpoint", *newest):
         recover_directory(folder)
         if (folder / CONFIG_FILE).is_file():
             return folder

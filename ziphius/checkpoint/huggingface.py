@@ -125,12 +125,17 @@ def write_model(
     model: Transformer, folder: Path, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write config and weights into a folder that ``replace_directory`` gave."""
-    settings = config_json(model.config, dtype=dtype)
+    write_settings(folder, model.config, dtype)
+    write_shards(folder, exported(model, dtype), max_shard_bytes=max_shard_bytes)
+
+
+def write_settings(folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
+    """Write what a checkpoint says of a model whose weights are stored in ``dtype``."""
+    settings = config_json(config, dtype=dtype)
     write_json(folder / CONFIG_FILE, settings)
     generation = {"_from_model_config": True}
     generation |= {key: settings[key] for key in ("bos_token_id", "eos_token_id")}
     write_json(folder / "generation_config.json", generation)
-    write_shards(folder, exported(model, dtype), max_shard_bytes=max_shard_bytes)
 
 
 def exported(model: Transformer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -197,6 +197,8 @@ def _places(model: Transformer) -> Iterator[tuple[str, nn.Module, str]]:
     yield "model.embed_tokens.weight", model.embed_tokens, "weight"
     yield "model.norm.weight", model.norm, "weight"
     yield "lm_head.weight", model.lm_head, "weight"
+    if model.config.num_labels:
+        yield "score.weight", model.score, "weight"
     for index, depth, block in model.blocks():
         prefix = f"model.layers.{index}"
         if depth:

@@ -185,6 +185,17 @@ def _read_index(path: Path) -> dict[str, str]:
     return dict(placed)
 
 
+def weight_files(folder: Path) -> dict[str, list[str]] | None:
+    """Return the file of every tensor; None where a single file holds all of them.
+
+    Raises BadInput for an index that is none.
+    """
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return None
+    return {name: [file] for name, file in _read_index(index).items()}
+
+
 def _is_plain_name(file: object) -> bool:
     """An index comes from elsewhere: it may not lead out of its folder."""
     return isinstance(file, str) and file not in ("", ".", "..") and Path(file).name == file

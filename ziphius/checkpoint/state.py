@@ -27,13 +27,29 @@ def write_state(
     folder.mkdir()
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_file(folder / _TENSORS, contiguous)
-    (folder / _NUMBERS).write_text(json.dumps(numbers, indent=2) + "\n", "utf-8")
+    write_numbers(checkpoint, numbers)
+
+
+def write_numbers(checkpoint: Path, numbers: Mapping[str, Any]) -> None:
+    """Write the numbers of a state whose tensors are written by others."""
+    text = json.dumps(numbers, indent=2) + "\n"
+    (checkpoint / STATE_FOLDER / _NUMBERS).write_text(text, "utf-8")
 
 
 def read_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what ``write_state`` wrote. Raises BadInput when it is absent or damaged."""
     folder = checkpoint / STATE_FOLDER
     try:
-        return load_file(folder / _TENSORS), json.loads((folder / _NUMBERS).read_text("utf-8"))
+        return load_file(folder / _TENSORS), read_numbers(checkpoint)
     except (OSError, ValueError, SafetensorError) as error:
+        raise BadInput(f"{folder}: no usable run state: {error}") from None
+
+
+def read_numbers(checkpoint: Path) -> dict[str, Any]:
+    """Read the numbers of a state. Raises BadInput when they are absent or damaged."""
+    folder = checkpoint / STATE_FOLDER
+    try:
+        numbers: dict[str, Any] = json.loads((folder / _NUMBERS).read_text("utf-8"))
+        return numbers
+    except (OSError, ValueError) as error:
         raise BadInput(f"{folder}: no usable run state: {error}") from None

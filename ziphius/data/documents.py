@@ -30,6 +30,11 @@ class Document:
         return package_of(self.name)
 
     @property
+    def project(self) -> str:
+        """What it is packed together with in long rows: its package; a record stands alone."""
+        return self.name if self.is_record else self.package
+
+    @property
     def size(self) -> int:
         """Number of UTF-8 bytes of the text."""
         return len(self.text.encode())

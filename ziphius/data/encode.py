@@ -38,7 +38,8 @@ def encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[NDAr
 
 
 class EncodedDocuments:
-    """A source's documents as token ids, all in memory; implements ``Tokens``.
+    """A source's documents as token ids, all in memory; implements ``Tokens`` and
+    ``Projects``.
 
     They are sorted by name, so the order in which they are given does not matter.
     """
@@ -63,6 +64,7 @@ class EncodedDocuments:
             on_progress(len(pieces), len(ordered))
         self.lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
         self.keys = document_keys(document.name for document in ordered)
+        self.projects = document_keys(document.project for document in ordered)
         self.fingerprint = _fingerprint(ordered, pieces)
         self._starts = np.cumsum(self.lengths) - self.lengths
         self._tokens = np.concatenate([np.empty(0, dtype=np.int32), *pieces])

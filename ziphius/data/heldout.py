@@ -21,12 +21,15 @@ class HeldoutRows:
     """Held-out text as rows. All int64, on the CPU.
 
     ``targets_MT[m, t]`` follows ``tokens_MT[m, t]``. The last row is filled with EOS inputs whose
-    targets are ``IGNORED``. ``bytes`` counts the text's UTF-8 bytes.
+    targets are ``IGNORED``. ``bytes`` counts the UTF-8 bytes of what the targets spell. Where there
+    are ``masked`` documents, int32 ``[M, T + 1]`` as in ``Batch``, no token attends outside its
+    own.
     """
 
     tokens_MT: torch.Tensor
     targets_MT: torch.Tensor
     bytes: int
+    masked_MS: torch.Tensor | None = None
 
 
 def heldout_rows(

@@ -51,21 +51,22 @@ class Loader:
         token_split_rate: float = 0.0,
         workers: int = 1,
         window_tokens: int = WINDOW_TOKENS,
+        table: str = "pretrain",
     ) -> None:
         """Take sources with their weights. Nothing is read of them yet but lengths and keys.
 
         ``workers`` threads make as many windows ahead, and these are held in memory; with 0 they
         are made when they are needed, by the caller. The batches are the same. Close the loader,
-        or drop it, to end the threads.
+        or drop it, to end the threads. ``table`` is the recipe's that rows are set by.
 
         Raises BadInput when a source is empty, when all are together shorter than a row, and
         for a ``fim_rate`` with a tokenizer that lacks the tokens.
         """
-        self.sequence_length = sequence_length
+        self.sequence_length, self._table = sequence_length, table
         self._sources = tuple(tokens for tokens, _ in sources)
         counts = [int(np.sum(tokens.lengths, dtype=np.int64)) for tokens in self._sources]
         self.tokens_per_epoch = sum(counts)
-        _require_text(counts, [weight for _, weight in sources], sequence_length)
+        _require_text(counts, [weight for _, weight in sources], sequence_length, table)
         window = max(window_tokens, _FEWEST_ROWS * (sequence_length + 1))
         self._identity = {
             "seed": seed,
@@ -144,6 +145,14 @@ class Loader:
             )
         self._window, self._row = window, row
 
+    @property
+    def at_rest(self) -> bool:
+        """The stream can stop behind any batch."""
+        return True
+
+    def forget(self) -> None:
+        """Nothing depends on weights."""
+
     def close(self) -> None:
         """End the threads. What is asked for afterwards is made by the caller."""
         self._windows.close()
@@ -157,13 +166,24 @@ class Loader:
         if batch_size > rows:
             raise BadInput(
                 f"data.source: {self.tokens_per_epoch:,} tokens make {rows} rows of "
-                f"pretrain.sequence_length = {self.sequence_length}, a batch of "
-                f"pretrain.batch_size = {batch_size} needs more: give more text, or lower one of "
-                "the two"
+                f"{_row_setting(self._table, self.sequence_length)}, a batch of "
+                f"{_batch_setting(self._table, batch_size)} needs more: give more text, or lower "
+                "one of the two"
             )
 
 
-def _require_text(counts: Sequence[int], weights: Sequence[float], sequence_length: int) -> None:
+def _row_setting(table: str, length: int) -> str:
+    plural = table == "extend"  # it has several phases
+    return f"{table}.lengths: {length}" if plural else f"{table}.sequence_length = {length}"
+
+
+def _batch_setting(table: str, size: int) -> str:
+    return f"extend.batch_sizes: {size}" if table == "extend" else f"{table}.batch_size = {size}"
+
+
+def _require_text(
+    counts: Sequence[int], weights: Sequence[float], sequence_length: int, table: str
+) -> None:
     if not sum(counts):
         raise BadInput("data.source: no documents to train on: give more text")
     for number, (count, weight) in enumerate(zip(counts, weights, strict=True), start=1):
@@ -174,7 +194,7 @@ def _require_text(counts: Sequence[int], weights: Sequence[float], sequence_leng
     if sum(counts) <= sequence_length:
         raise BadInput(
             f"data.source: {sum(counts)} tokens are fewer than one row of "
-            f"pretrain.sequence_length = {sequence_length}: give more text or lower it"
+            f"{_row_setting(table, sequence_length)}: give more text or lower it"
         )
 
 

@@ -52,6 +52,7 @@ class _Text:
     name: str
     digest: bytes
     span: Span
+    project: str
 
     @property
     def size(self) -> int:
@@ -176,14 +177,16 @@ def _divide(
 
     def written(place: int) -> _Text:
         found = documents[place]
-        return _Text(found.source, found.name, found.digest, spool.span(place))
+        whole = Document(found.name, "", is_record=found.is_record)
+        return _Text(found.source, found.name, found.digest, spool.span(place), whole.project)
 
     train = [written(place) for place in selection.train]
     divided = map(read, selection.divided)
     first, last = divide_documents(divided, config, bool(selection.heldout))
     for place, part in zip(selection.divided, first, strict=True):
         start = spool.span(place)[0]  # the lines that train are the first ones
-        train.append(_Text(part.source, part.name, part.digest, (start, start + part.size)))
+        span = start, start + part.size
+        train.append(_Text(part.source, part.name, part.digest, span, part.project))
     heldout = [*map(read, selection.heldout), *last]
     return _Divided(
         tuple(sorted(train, key=lambda text: (text.source, text.name))),
@@ -260,7 +263,7 @@ def _encode(
         name = f"source-{index:02d}"
         with ShardWriter(folder / name, dtype, shard_tokens) as writer:
             for text, ids in zip(own, encoded, strict=False):
-                writer.append(text.name, ids)
+                writer.append(text.name, ids, text.project)
                 done += text.size
                 tell("encoding", done, total)
         written.append(

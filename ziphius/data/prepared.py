@@ -25,7 +25,6 @@ from ziphius.data.documents import Document
 from ziphius.data.removed import NOT_UTF8, ReasonCount, Removed
 from ziphius.data.shards import Shard, TokenShards
 from ziphius.data.tokenizer import load_tokenizer
-from ziphius.data.tokens import Tokens
 
 PREPARED_FILE = "prepared.json"
 HELDOUT_FILE = "heldout.jsonl"
@@ -45,7 +44,7 @@ class Prepared:
 
     path: Path
     tokenizer: Tokenizer
-    sources: tuple[tuple[Tokens, float], ...]
+    sources: tuple[tuple[TokenShards, float], ...]
     heldout: tuple[Document, ...]
     description: str
     sha256: str

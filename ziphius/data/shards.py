@@ -1,7 +1,8 @@
 """Documents as token ids on the disk: plain ``.npy`` files, written once, then memory-mapped.
 
 A source's folder has ``tokens-NNNNN.npy``, its documents one after the other, none in two files;
-``lengths.npy``, the tokens of every document; and ``keys.npy``, the documents' identities.
+``lengths.npy``, the tokens of every document; ``keys.npy``, the documents' identities; and
+``projects.npy``, those of their projects.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ziphius.config.errors import BadInput
 from ziphius.data.tokens import document_keys, name_bytes
 
 SHARD_TOKENS = 2**28
-LENGTHS_FILE, KEYS_FILE = "lengths.npy", "keys.npy"
+LENGTHS_FILE, KEYS_FILE, PROJECTS_FILE = "lengths.npy", "keys.npy", "projects.npy"
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,20 @@ class ShardWriter:
         self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
         self.shards: list[Shard] = []
         self._names: list[str] = []
+        self._projects: list[str] = []
         self._lengths: list[int] = []
         self._digest = hashlib.sha256()
         self._file: BinaryIO | None = None
         self._documents = self._tokens = 0
 
-    def append(self, name: str, ids: NDArray[np.int32]) -> None:
-        """Write one document: BOS, its tokens, EOS."""
+    def append(self, name: str, ids: NDArray[np.int32], project: str | None = None) -> None:
+        """Write one document: BOS, its tokens, EOS. By default its project is itself."""
         # The same digest as that of documents in memory: a run may go on with either.
         for part in (name_bytes(name), ids.astype("<i4").tobytes()):
             self._digest.update(len(part).to_bytes(8, "little"))
             self._digest.update(part)
         self._names.append(name)
+        self._projects.append(name if project is None else project)
         self._lengths.append(len(ids))
         if self._file is None:
             self._file = open(self.folder / self._next_name(), "xb")  # noqa: SIM115
@@ -93,8 +96,9 @@ class ShardWriter:
         self._end_shard()
         lengths = np.array(self._lengths, dtype="<i8")
         np.save(self.folder / LENGTHS_FILE, lengths, allow_pickle=False)
-        keys = document_keys(self._names).astype("<u8")
-        np.save(self.folder / KEYS_FILE, keys, allow_pickle=False)
+        for file, names in ((KEYS_FILE, self._names), (PROJECTS_FILE, self._projects)):
+            keys = document_keys(names).astype("<u8")
+            np.save(self.folder / file, keys, allow_pickle=False)
 
     def _end_shard(self) -> None:
         if self._file is None:
@@ -116,11 +120,11 @@ class ShardWriter:
 
 
 class TokenShards:
-    """A source's documents, memory-mapped; implements ``Tokens``."""
+    """A source's documents, memory-mapped; implements ``Tokens`` and ``Projects``."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], fingerprint: int) -> None:
         """Open the files. Raises BadInput for one that is missing or no such array."""
-        self.fingerprint = fingerprint
+        self.fingerprint, self._folder = fingerprint, folder
         self.lengths = np.array(_open(folder / LENGTHS_FILE, "<i8"), dtype=np.int64)
         self.keys = np.array(_open(folder / KEYS_FILE, "<u8"), dtype=np.uint64)
         self._shards = [_open(folder / shard.file, "<u2", "<u4") for shard in shards]
@@ -132,6 +136,14 @@ class TokenShards:
             for number, (array, shard) in enumerate(zip(self._shards, shards, strict=True))
         ):
             raise BadInput(f"{folder}: its files do not belong together: prepare the text again")
+
+    @property
+    def projects(self) -> NDArray[np.uint64]:
+        """A number of every document's project. Raises BadInput for files of earlier versions."""
+        found = np.array(_open(self._folder / PROJECTS_FILE, "<u8"), dtype=np.uint64)
+        if len(found) != len(self.keys):
+            raise BadInput(f"{self._folder / PROJECTS_FILE}: is of other text: prepare it again")
+        return found
 
     def document(self, index: int) -> NDArray[np.int32]:
         """Return the token ids of one document."""

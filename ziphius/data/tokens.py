@@ -33,6 +33,15 @@ class Tokens(Protocol):
         ...
 
 
+class Projects(Protocol):
+    """A source that also knows which project every document is of."""
+
+    @property
+    def projects(self) -> NDArray[np.uint64]:
+        """A number of every document's project: the key of its name."""
+        ...
+
+
 def document_keys(names: Iterable[str]) -> NDArray[np.uint64]:
     """Return the keys of documents with these names, read as big-endian numbers."""
     digests = (hashlib.sha256(name_bytes(name)).digest()[:8] for name in names)

@@ -18,9 +18,9 @@ class ExpertLoads:
     Loads are taken from what the forward pass returned, so a recomputed stage cannot count twice.
     """
 
-    def __init__(self, n_experts: int) -> None:
+    def __init__(self, n_experts: int, counts: Mapping[int, Tensor] | None = None) -> None:
         self.n_experts = n_experts
-        self.counts: dict[int, Tensor] = {}
+        self.counts = dict(counts or {})
 
     def add(self, routings: Mapping[int, Routing]) -> None:
         """Add a micro-batch's choices."""

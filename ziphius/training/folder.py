@@ -3,7 +3,7 @@
 recipe.toml                 every setting of the run, resolved
 metrics.jsonl               one line an optimizer step
 balance.jsonl               the experts' loads and routing biases, now and then
-stages/pretrain/step-N/     a checkpoint: a Hugging Face directory, and its state/
+stages/STAGE/step-N/        a checkpoint: a Hugging Face directory, and its state/
 checkpoint/                 the final Hugging Face directory
 summary.json                every figure the run printed
 report.html                 all of this as pictures
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -30,24 +30,31 @@ from ziphius.checkpoint.files import (
 )
 from ziphius.checkpoint.folder import CONFIG_FILE, STEP_PREFIX, stage_checkpoints
 from ziphius.config.errors import BadInput
+from ziphius.config.parallel import ParallelConfig
 from ziphius.config.recipe import Recipe, changed_keys, dump_recipe, load_recipe
-from ziphius.training.metrics import Lines
+from ziphius.training.metrics import Lines, Log, NoLines
 from ziphius.training.watch import Watch
 
-STAGE = "pretrain"
-_RECIPE, _LOCK = "recipe.toml", ".lock"
+_RECIPE, _SUMMARY, _LOCK = "recipe.toml", "summary.json", ".lock"
 
 # What may change when a run goes on: it says when something is written, and by how many, not what.
 _FREE_KEYS = frozenset(
     (
         *("run.checkpoint_every", "run.keep_checkpoints", "run.validate_every"),
         *("run.tensorboard", "run.cache", "data.workers"),
+        *("parallel.deadline", "parallel.comm_sms"),
     )
 )
 # Settings that a recipe may leave to the machine, and how it says so.
 _LEFT_OPEN = {"threads": 0, "kernels": "auto", "products": "auto"}
-# What may change when a run moves to another machine: the numbers then differ in their last bits.
-_MACHINE_KEYS = frozenset(("run.device", *(f"run.{name}" for name in _LEFT_OPEN)))
+# What may change when a run moves to another machine, or to other ranks: the numbers then differ in
+# their last bits.
+_MACHINE_KEYS = frozenset(
+    (
+        *("run.device", *(f"run.{name}" for name in _LEFT_OPEN)),
+        *(f"parallel.{name}" for name in ParallelConfig.model_fields),
+    )
+)
 
 
 class RunFolder:
@@ -55,18 +62,30 @@ class RunFolder:
 
     By default it must be new. With ``resume`` the run that is there goes on. With ``replace`` it
     moves aside to ``NAME.previous``, where one earlier run is kept; a run that was broken off never
-    takes the place of a finished one there.
+    takes the place of a finished one there. ``job`` names whoever trains, for ``is_of``. ``parts``
+    are folders of runs that this one begins with, which lie in its own.
     """
 
-    def __init__(self, path: Path, *, replace: bool = False, resume: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        stage: str = "pretrain",
+        *,
+        replace: bool = False,
+        resume: bool = False,
+        job: str = "",
+        parts: Iterable[str] = (),
+    ) -> None:
         self.path = Path(os.path.abspath(path))
+        self.parts = frozenset(parts)
         self.replace = replace
         self.resume = resume
-        self.metrics = Lines(self.path / "metrics.jsonl")
-        self.balance = Lines(self.path / "balance.jsonl")
+        self.job = job
+        self.metrics: Log = Lines(self.path / "metrics.jsonl")
+        self.balance: Log = Lines(self.path / "balance.jsonl")
         self.events = self.path / "tensorboard"
         self.checkpoint = self.path / "checkpoint"
-        self.stage = self.path / "stages" / STAGE
+        self.stage = self.path / "stages" / stage
         self.previous = self.path.with_name(self.path.name + ".previous")
 
     def require_room(self) -> None:
@@ -80,7 +99,7 @@ class RunFolder:
         with one_line(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise BadInput(f"--out {self.path}: is a file: choose a folder")
-            if not _names(self.path):
+            if not set(_names(self.path)) - self.parts:
                 return
             if not _is_run(self.path):
                 raise BadInput(
@@ -104,12 +123,7 @@ class RunFolder:
         if not self.resume or not _is_run(self.path):
             return recipe
         begun = load_recipe(str(self.path / _RECIPE))
-        left = {
-            name: getattr(begun.run, name)
-            for name, open_value in _LEFT_OPEN.items()
-            if getattr(recipe.run, name) == open_value
-        }
-        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=left)})
+        recipe = self.settled(recipe)
         changes = [key for key in changed_keys(begun, recipe) if key not in _FREE_KEYS]
         if moved := [key for key in changes if key in _MACHINE_KEYS]:
             watch.say(
@@ -122,6 +136,28 @@ class RunFolder:
                 f"{', '.join(changes)}: go on with {self.path / _RECIPE}, or begin another run"
             )
         return recipe
+
+    def settled(self, recipe: Recipe) -> Recipe:
+        """Return a recipe with what it leaves to the machine as the run here has it."""
+        begun = load_recipe(str(self.path / _RECIPE))
+        left = {
+            name: getattr(begun.run, name)
+            for name, open_value in _LEFT_OPEN.items()
+            if getattr(recipe.run, name) == open_value
+        }
+        return recipe.model_copy(update={"run": recipe.run.model_copy(update=left)})
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run here came to its end, with everything written."""
+        return _is_finished(self.path) and (self.path / _SUMMARY).is_file()
+
+    def is_of(self, job: str) -> bool:
+        """Say whether a job was the last to claim this folder."""
+        try:
+            return bool(job) and (self.path / _LOCK).read_text("utf-8") == job
+        except (OSError, ValueError):
+            return False
 
     @contextmanager
     def claimed(self, recipe: Recipe) -> Iterator[None]:
@@ -140,7 +176,8 @@ class RunFolder:
         with self._locked() as alone:
             self._require_room(replace=False)  # another process may have been faster
             with one_line(self.path):
-                # First of all: only a folder with a recipe is a run.
+                (self.path / _LOCK).write_text(self.job, "utf-8")
+                # First of all else: only a folder with a recipe is a run.
                 self.write_recipe(recipe)
                 self.stage.mkdir(parents=True, exist_ok=True)
                 for target in (*unfinished_targets(self.stage), self.checkpoint):
@@ -213,7 +250,7 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, whole or not at all."""
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-        write_atomic(self.path / "summary.json", text.encode())
+        write_atomic(self.path / _SUMMARY, text.encode())
 
     def _move_aside(self) -> None:
         recover_directory(self.previous)
@@ -223,6 +260,28 @@ class RunFolder:
         if self.previous.exists():
             remove_directory(self.previous)
         self.path.rename(self.previous)
+
+
+class Onlooker(RunFolder):
+    """A run's folder as ranks see it that leave all writing to the first."""
+
+    def __init__(self, path: Path, stage: str = "pretrain") -> None:
+        super().__init__(path, stage, resume=True)
+        self.metrics, self.balance = NoLines(), NoLines()
+
+    @contextmanager
+    def claimed(self, recipe: Recipe) -> Iterator[None]:
+        yield
+
+    def write_recipe(self, recipe: Recipe) -> None: ...
+
+    def set_aside(self, checkpoint: Path) -> None: ...
+
+    def drop_old(self, keep: int, every: int) -> None: ...
+
+    def publish(self, source: Path) -> None: ...
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None: ...
 
 
 def _names(path: Path) -> list[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ziphius.planning.machine import free_memory
+
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 # Long enough for the clock, short enough that nobody notices.
@@ -33,6 +35,15 @@ def peak_memory_gib() -> float:
     """Return the most memory this process has held at once, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def free_bytes(device: str) -> int | None:
+    """Return the memory that tensors may still take there; None where the system does not say."""
+    if device.startswith("cuda"):
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0] + unused)
+    free = free_memory()
+    return None if free is None else free.bytes
 
 
 def peak_flops(device: str, dtype: torch.dtype) -> float:

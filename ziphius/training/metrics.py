@@ -6,9 +6,52 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ziphius.config.errors import BadInput
+
+
+class Log(Protocol):
+    """Lines that are added one after the other."""
+
+    path: Path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one line."""
+        ...
+
+    def size(self) -> int:
+        """Return how many bytes there are."""
+        ...
+
+    def last(self) -> dict[str, Any]:
+        """Return the last line's record, empty when there is none."""
+        ...
+
+    def cut(self, size: int) -> bool:
+        """Drop everything after ``size`` bytes; return whether so much was there."""
+        ...
+
+
+class NoLines:
+    """Takes the place of a file that another rank writes."""
+
+    path = Path(os.devnull)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add nothing."""
+
+    def size(self) -> int:
+        """Return that nothing is there."""
+        return 0
+
+    def last(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def cut(self, size: int) -> bool:
+        """Drop nothing."""
+        return True
 
 
 class Lines:

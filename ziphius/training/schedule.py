@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from ziphius.config.moment import moment_tokens
-from ziphius.config.pretrain import PretrainConfig
+from ziphius.config.pretrain import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class StepSettings:
 
 
 def settings_at(
-    config: PretrainConfig, step: int, tokens: int, rate_tokens: float | None = None
+    config: TrainingConfig, step: int, tokens: int, rate_tokens: float | None = None
 ) -> StepSettings:
     """Return the settings of optimizer step ``step``, counted from 1, after ``tokens`` tokens.
 
@@ -38,7 +38,7 @@ def settings_at(
     )
 
 
-def learning_rate(config: PretrainConfig, step: int, tokens: float) -> float:
+def learning_rate(config: TrainingConfig, step: int, tokens: float) -> float:
     """Return the learning rate: warm-up, constant, cosine, constant, constant.
 
     The warm-up is linear and reaches ``learning_rate`` at step ``warmup_steps``; where it lasts
@@ -56,7 +56,7 @@ def learning_rate(config: PretrainConfig, step: int, tokens: float) -> float:
     return warmth * (c.final_learning_rate + 0.5 * span * (1 + math.cos(math.pi * fraction)))
 
 
-def batch_size(config: PretrainConfig, tokens: int) -> int:
+def batch_size(config: TrainingConfig, tokens: int) -> int:
     """Return the batch size in sequences: linear in tokens, then constant.
 
     The ramp's shape is unpublished; ours is rounded down to whole micro-batches.
@@ -69,13 +69,13 @@ def batch_size(config: PretrainConfig, tokens: int) -> int:
     return max(c.micro_batch_size, grown // c.micro_batch_size * c.micro_batch_size)
 
 
-def bias_update_speed(config: PretrainConfig, tokens: int) -> float:
+def bias_update_speed(config: TrainingConfig, tokens: int) -> float:
     """Return gamma: constant, then 0 (facts 2.1)."""
     stop = moment_tokens(config.bias_update_stop, config.total_tokens)
     return config.bias_update_speed if tokens < stop else 0.0
 
 
-def mtp_loss_weight(config: PretrainConfig, tokens: int) -> float:
+def mtp_loss_weight(config: TrainingConfig, tokens: int) -> float:
     """Return lambda, which changes once (facts 3.1)."""
     change = moment_tokens(config.mtp_loss_weight_change, config.total_tokens)
     if config.mtp_loss_weight_late is None or tokens < change:
@@ -83,7 +83,7 @@ def mtp_loss_weight(config: PretrainConfig, tokens: int) -> float:
     return config.mtp_loss_weight_late
 
 
-def count_steps(config: PretrainConfig) -> int:
+def count_steps(config: TrainingConfig) -> int:
     """Count the optimizer steps of the whole run; the last one may go beyond its tokens."""
     end = moment_tokens(config.batch_ramp_end, config.total_tokens)
     steps = tokens = 0

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-import torch
-
-from ziphius.config.pretrain import PretrainConfig
+from ziphius.config.pretrain import TrainingConfig
 from ziphius.data.rows import Batch
 from ziphius.model.transformer import Transformer
+from ziphius.parallel.layout import Layout
+from ziphius.parallel.mesh import make_mesh
+from ziphius.parallel.passes import InOne, Passes
 from ziphius.training.balance import ExpertLoads, update_biases
-from ziphius.training.objective import count_targets, losses
-from ziphius.training.optimizer import AdamW
+from ziphius.training.objective import count_targets
+from ziphius.training.optimizer import Optimizer
 from ziphius.training.schedule import StepSettings
+from ziphius.training.stage import Aim, NextTokens
 
 Judge = Callable[[float, float], str | None]
 
@@ -25,7 +27,7 @@ class StepResult:
 
     ``loads`` are the tokens of every expert by layer, ``max_violation`` is their summary.
     ``targets`` counts the tokens of the main loss. ``skipped`` is the reason why nothing was
-    updated, or ``None``.
+    updated, or ``None``. ``extra`` are the objective's other numbers.
     """
 
     loss: float
@@ -37,6 +39,7 @@ class StepResult:
     loads: dict[int, list[int]]
     targets: int
     skipped: str | None
+    extra: Mapping[str, float] = field(default_factory=dict)
 
 
 def finite(loss: float, grad_norm: float) -> str | None:
@@ -46,49 +49,47 @@ def finite(loss: float, grad_norm: float) -> str | None:
 
 
 def train_step(
-    model: Transformer,
-    optimizer: AdamW,
+    trained: Transformer | Passes,
+    optimizer: Optimizer,
     batch: Batch,
-    config: PretrainConfig,
+    config: TrainingConfig,
     settings: StepSettings,
     judge: Judge = finite,
     *,
     document_mask: bool = False,
+    aim: Aim | None = None,
 ) -> StepResult:
     """Run forward and backward over the micro-batches, then update weights and routing biases.
 
-    ``batch`` is the global batch, on the model's device. ``judge`` gets the total loss (NaN if a
+    ``batch`` is the global batch, on the model's device; ``aim`` says what is minimised, next
+    tokens if nothing else is. ``judge`` gets the total loss (NaN if a
     part of it is not finite) and the norm of the gradients, and says why the update must not be
     made, if so: then weights, moments and biases stay as they were.
+
+    A model that is ``trained`` is whole, in this process alone. Otherwise all ranks get one batch,
+    pass their rows of it, and return one result. Raises BadInput for a batch of too few rows.
     """
-    sequences, targets = len(batch.tokens_BS), count_targets(batch, document_mask=document_mask)
-    loads = ExpertLoads(model.config.n_routed_experts)
-    sums = torch.zeros(4, dtype=torch.float64)
-    scale = _gradient_scale(model, targets)
-    model.zero_grad()  # a step that failed has left its gradients
-    for part in batch.split(config.micro_batch_size):
-        parts, routings = losses(
-            model,
-            part,
-            config,
-            mtp_loss_weight=settings.mtp_loss_weight,
-            target_count=max(1, targets),
-            sequence_count=sequences,
-            document_mask=document_mask,
-        )
-        parts.total.backward(torch.full_like(parts.total, scale))
-        loads.add(routings)
-        values = torch.stack((parts.main, parts.mtp, parts.balance, parts.total))
-        sums += values.detach().double().cpu()
+    passes = alone(trained, config, document_mask) if isinstance(trained, Transformer) else trained
+    parts = passes.cut(batch)
+    targets = count_targets(batch, document_mask=document_mask)
+    scale = _gradient_scale(passes.models[0], targets)
+
+    objective = (aim or NextTokens(config, document_mask))(batch, settings)
+    objective.prepare(passes, parts)
+    optimizer.begin(passes.backwards(parts))  # a step that failed has left its gradients
+    result = passes.run(parts, objective, scale).over(passes.mesh["world"])
+    loads = ExpertLoads(result.loads_LE.shape[1], result.counts())
     grad_norm, factor = optimizer.measure(scale)
-    main, mtp, balance, total = sums.tolist()
+    main, mtp, balance, total, *others = result.sums.tolist()
     # One part that is not finite may hide in a sum that is.
-    judged = total if sums.isfinite().all() else math.nan
+    judged = total if result.sums.isfinite().all() else math.nan
     skipped = judge(judged, grad_norm)
     if skipped is None:
         optimizer.step(settings.learning_rate, factor)
-        update_biases(model, loads, settings.bias_update_speed)
-    model.zero_grad()
+        for model in passes.models:
+            update_biases(model, loads, settings.bias_update_speed)
+    for model in passes.models:
+        model.zero_grad()
     return StepResult(
         loss=main,
         mtp_loss=mtp,
@@ -99,7 +100,14 @@ def train_step(
         loads={layer: counts_E.tolist() for layer, counts_E in loads.counts.items()},
         targets=targets,
         skipped=skipped,
+        extra=dict(zip(objective.extra, others, strict=True)),
     )
+
+
+def alone(model: Transformer, config: TrainingConfig, document_mask: bool) -> InOne:
+    """Return the passes of a model that is whole, in one process."""
+    mesh = make_mesh(Layout())
+    return InOne(model, mesh, config.micro_batch_size, document_mask=document_mask)
 
 
 def _gradient_scale(model: Transformer, targets: int) -> float:

@@ -9,13 +9,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from ziphius.config.data import DataConfig
 from ziphius.config.errors import BadInput
+from ziphius.config.pretrain import TrainingConfig
 from ziphius.config.recipe import Recipe
 from ziphius.data.corpus import Corpus, read_corpus
+from ziphius.data.documents import Document
 from ziphius.data.encode import EncodedDocuments
 from ziphius.data.heldout import HeldoutRows, heldout_rows
 from ziphius.data.loader import Loader
 from ziphius.data.prepared import Prepared, open_prepared, prepared_folder
+from ziphius.data.projects import LongDocuments
 from ziphius.data.removed import tell_reasons
 from ziphius.data.tokenizer import load_tokenizer, train_tokenizer
 from ziphius.data.tokens import Tokens
@@ -59,9 +63,8 @@ def prepare_text(recipe: Recipe, watch: Watch) -> Text:
     The folder of ``ziphius prepare`` brings its own tokenizer and tokens. Raises BadInput for text
     that cannot be used, and for too little of it.
     """
-    folder = prepared_folder(recipe.data)
-    corpus = read_corpus(recipe.data) if folder is None else open_prepared(folder)
-    watch.say(_announcement(corpus))
+    corpus = _open(recipe, watch)
+    sources: Sequence[tuple[Tokens, float]]
     if isinstance(corpus, Prepared):
         tokenizer, sources = corpus.tokenizer, corpus.sources
     else:
@@ -74,7 +77,60 @@ def prepare_text(recipe: Recipe, watch: Watch) -> Text:
     _require_room(tokenizer, recipe)
     length = recipe.pretrain.sequence_length
     heldout = heldout_rows(corpus.heldout, tokenizer, length, recipe.run.validate_bytes)
-    return Text(corpus, tokenizer, _loader(recipe, sources, tokenizer), heldout)
+    loader = _loader(recipe, recipe.pretrain, sources, tokenizer, recipe.data.fim_rate)
+    return Text(corpus, tokenizer, loader, heldout)
+
+
+def prepare_long_text(
+    recipe: Recipe, config: TrainingConfig, tokenizer: Tokenizer, watch: Watch
+) -> Text:
+    """Read a recipe's corpus as rows of whole files of a project, ``config.sequence_length`` long.
+
+    The held-out files too lie one behind the other. No file is rearranged to fill its middle: what
+    a row is to teach is how far its parts see one another. Raises BadInput as ``prepare_text``
+    does, and for prepared text of another tokenizer.
+    """
+    corpus, longest = _open(recipe, watch), config.sequence_length + 1
+    if isinstance(corpus, Prepared):
+        if corpus.tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise BadInput(
+                f"data.source: {corpus.path} was prepared with another tokenizer than the "
+                "checkpoint's: prepare it with the checkpoint's as tokenizer.path"
+            )
+        sources = [(LongDocuments(tokens, longest), weight) for tokens, weight in corpus.sources]
+    else:
+        watch.say("encoding the text")
+        sources = [
+            (LongDocuments(EncodedDocuments(documents, tokenizer), longest), weight)
+            for documents, weight in corpus.train_by_source
+        ]
+    _require_room(tokenizer, recipe)
+    watch.say(
+        f"{sum(source.files for source, _ in sources):,} files in "
+        f"{sum(len(source.lengths) for source, _ in sources):,} documents of whole files"
+    )
+    heldout = heldout_rows(
+        corpus.heldout, tokenizer, config.sequence_length, recipe.run.validate_bytes
+    )
+    loader = _loader(recipe, config, sources, tokenizer, 0.0, "extend")
+    return Text(corpus, tokenizer, loader, heldout)
+
+
+def heldout_documents(config: DataConfig) -> tuple[Document, ...]:
+    """Return the documents that are held out of training: files, for records have no length.
+
+    Records are returned where nothing else is held out.
+    """
+    folder = prepared_folder(config)
+    heldout = (read_corpus(config) if folder is None else open_prepared(folder)).heldout
+    return tuple(document for document in heldout if not document.is_record) or heldout
+
+
+def _open(recipe: Recipe, watch: Watch) -> Corpus | Prepared:
+    folder = prepared_folder(recipe.data)
+    corpus = read_corpus(recipe.data) if folder is None else open_prepared(folder)
+    watch.say(_announcement(corpus))
+    return corpus
 
 
 def _announcement(corpus: Corpus | Prepared) -> str:
@@ -108,17 +164,22 @@ def _require_room(tokenizer: Tokenizer, recipe: Recipe) -> None:
 
 
 def _loader(
-    recipe: Recipe, sources: Sequence[tuple[Tokens, float]], tokenizer: Tokenizer
+    recipe: Recipe,
+    config: TrainingConfig,
+    sources: Sequence[tuple[Tokens, float]],
+    tokenizer: Tokenizer,
+    fim_rate: float,
+    table: str = "pretrain",
 ) -> Loader:
-    config = recipe.pretrain
     loader = Loader(
         sources,
         tokenizer,
         sequence_length=config.sequence_length,
         seed=recipe.run.seed,
-        fim_rate=recipe.data.fim_rate,
+        fim_rate=fim_rate,
         token_split_rate=recipe.data.token_split_rate,
         workers=recipe.data.workers,
+        table=table,
     )
     # Now, not when a batch that grows has outgrown the text.
     loader.require_rows(max(config.batch_size, config.batch_size_start or 0))

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ziphius.data.heldout import HeldoutRows
 from ziphius.data.tokenizer import EOS_ID
-from ziphius.kernels.loss import IGNORED, linear_cross_entropy
+from ziphius.kernels.loss import IGNORED
 from ziphius.model.transformer import Transformer
 
+# Rows of a pass: as many as have so many tokens together, and never more than a pass says.
+_PASS_TOKENS = 16_384
 # Agreement is a share of some thousand tokens; more rows would cost more than they tell.
-_AGREEMENT_ROWS = 32
+AGREEMENT_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -32,34 +34,54 @@ def validate(model: Transformer, rows: HeldoutRows) -> Validation:
     """Measure a model on held-out rows, on its own device."""
     device = model.lm_head.weight.device
     tokens_MT, targets_MT = rows.tokens_MT.to(device), rows.targets_MT.to(device)
-    few = slice(_AGREEMENT_ROWS)
+    masked_MS = None if rows.masked_MS is None else rows.masked_MS.to(device)
+    few = slice(AGREEMENT_ROWS)
+    few_MS = None if masked_MS is None else masked_MS[few]
     return Validation(
-        bits_per_byte(model, tokens_MT, targets_MT, rows.bytes),
-        mtp_agreement(model, tokens_MT[few], targets_MT[few]),
+        bits_per_byte(model, tokens_MT, targets_MT, rows.bytes, masked_MS),
+        mtp_agreement(model, tokens_MT[few], targets_MT[few], few_MS),
     )
+
+
+def rows_of_a_pass(length: int, most: int) -> int:
+    """Return how many rows of ``length`` tokens a pass takes: fewer of long ones, at least one."""
+    return max(1, min(most, _PASS_TOKENS // length))
 
 
 @torch.no_grad()
 def bits_per_byte(
-    model: Transformer, tokens_MT: Tensor, targets_MT: Tensor, n_bytes: int, batch: int = 16
+    model: Transformer,
+    tokens_MT: Tensor,
+    targets_MT: Tensor,
+    n_bytes: int,
+    documents_MS: Tensor | None = None,
+    batch: int = 16,
 ) -> float:
     """Return total negative log-likelihood in bits over the bytes of the text (facts 10.1).
 
     It is comparable across tokenizers. ``tokens`` and ``targets`` are int64 ``[M, T]``; targets of
     -100 count nothing. ``n_bytes`` is the UTF-8 size of the text that the targets spell.
+    ``documents`` int ``[M, T + 1]`` keep attention inside documents.
     """
     nats = 0.0
-    for tokens_BT, targets_BT in zip(tokens_MT.split(batch), targets_MT.split(batch), strict=True):
-        hidden_BTD, _ = model.trunk(tokens_BT)
-        hidden_ND = hidden_BTD.flatten(0, 1)
-        weight_VD = model.lm_head.weight.to(hidden_ND.dtype)
-        nats += linear_cross_entropy(hidden_ND, weight_VD, targets_BT.flatten()).item()
+    batch = rows_of_a_pass(tokens_MT.shape[1], batch)
+    for first in range(0, len(tokens_MT), batch):
+        rows = slice(first, first + batch)
+        tokens_BT, targets_BT = tokens_MT[rows], targets_MT[rows]
+        documents_BT = None if documents_MS is None else documents_MS[rows, :-1]
+        hidden_BTD, _ = model.trunk(tokens_BT, documents_BT=documents_BT)
+        own = model.positions.cross_entropy(model, hidden_BTD, targets_BT, 0)
+        nats += model.positions.sum(own).item()
     return nats / math.log(2) / n_bytes
 
 
 @torch.no_grad()
 def mtp_agreement(
-    model: Transformer, tokens_MT: Tensor, targets_MT: Tensor, batch: int = 8
+    model: Transformer,
+    tokens_MT: Tensor,
+    targets_MT: Tensor,
+    documents_MS: Tensor | None = None,
+    batch: int = 8,
 ) -> float | None:
     """Return how often the first MTP module and the main model predict the same token.
 
@@ -69,11 +91,16 @@ def mtp_agreement(
     if not len(model.mtp):
         return None
     agreed = counted = 0
-    for tokens_BT, targets_BT in zip(tokens_MT.split(batch), targets_MT.split(batch), strict=True):
+    batch = rows_of_a_pass(tokens_MT.shape[1], batch)
+    for first in range(0, len(tokens_MT), batch):
+        rows = slice(first, first + batch)
+        tokens_BT, targets_BT = tokens_MT[rows], targets_MT[rows]
+        documents_BS = None if documents_MS is None else documents_MS[rows]
         last_B1 = targets_BT[:, -1:].where(targets_BT[:, -1:] != IGNORED, EOS_ID)
-        features = model.features(torch.cat((tokens_BT, last_B1), dim=1))
-        main_Bt = model.lm_head(features.hidden_BTD[:, 1:]).argmax(-1)
-        draft_Bt = model.lm_head(features.mtp_hidden[0]).argmax(-1)
+        features = model.features(torch.cat((tokens_BT, last_B1), dim=1), documents_BS)
+        T, likeliest = tokens_BT.shape[1], model.positions.likeliest
+        main_Bt = likeliest(model, features.hidden_BTD, T, 0)[:, 1:]
+        draft_Bt = likeliest(model, features.mtp_hidden[0], T, 1)
         real_Bt = targets_BT[:, 1:] != IGNORED
         agreed += int(((main_Bt == draft_Bt) & real_Bt).sum())
         counted += int(real_Bt.sum())

@@ -15,3 +15,13 @@ class Watch(Protocol):
     def step(self, record: dict[str, Any], steps: int) -> None:
         """Tell about a finished step, of ``steps``: its line of metrics."""
         ...
+
+
+class Nobody:
+    """Follows nothing: ranks beside the first tell nobody."""
+
+    def say(self, text: str) -> None:
+        """Ignore it."""
+
+    def step(self, record: dict[str, Any], steps: int) -> None:
+        """Ignore it."""
