@@ -1,0 +1,1 @@
+"""Questions whose answers a rule can judge."""
