@@ -1,1 +1,1 @@
-"""How good a model is: bits per byte, and the plain baselines it must beat."""
+"""How good a model is: bits per byte, baselines, needles in long text, a cage for its programs."""

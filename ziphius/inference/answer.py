@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from ziphius.config.errors import in_one_line
 from ziphius.inference.errors import RequestError
 from ziphius.inference.grammar import Matcher
@@ -49,6 +51,7 @@ class Answer:
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.error: str | None = None
+        self.experts: Tensor | None = None
         self.delta = Delta(index)
 
     @property
@@ -135,6 +138,7 @@ class Answer:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             error=self.error,
+            experts=self.experts,
         )
 
     def _show(self, text: str) -> None:

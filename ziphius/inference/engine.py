@@ -35,7 +35,7 @@ class EngineOptions:
     """Limits and modes of an engine. ``cache_tokens`` is the room for all requests together.
 
     ``speculation`` is ``auto``, ``on`` or ``off``, ``verification`` of its drafts ``coupled`` or
-    ``rejection``.
+    ``rejection``. ``keep_experts`` lets answers tell which experts their tokens chose.
     """
 
     cache_tokens: int = 16_384
@@ -50,6 +50,7 @@ class EngineOptions:
     speculation: Mode = "auto"
     draft_depth: int = 1
     verification: Verification = "coupled"
+    keep_experts: bool = False
 
     def __post_init__(self) -> None:
         Pace(self.speculation, self.draft_depth)
@@ -85,7 +86,7 @@ class Engine:
             c.eos_token_id if isinstance(c.eos_token_id, tuple) else (c.eos_token_id,)
         )
         n_pages = -(-options.cache_tokens // options.page_size)
-        self.cache = PagedCache(model, n_pages, options.page_size)
+        self.cache = PagedCache(model, n_pages, options.page_size, experts=options.keep_experts)
         self.pool = PagePool(n_pages, options.page_size, reuse=options.prefix_cache)
         self.forward = Forward(model, self.cache, exact=options.exact)
         drafting = options.speculation != "off" and len(model.mtp) > 0
@@ -251,6 +252,8 @@ class Engine:
                 confirmed[chunk.sequence] = new
             if answer.finished:
                 finished.append(chunk.sequence)
+        for sequence in finished:
+            self._keep_experts(sequence)
         self.scheduler.update(step, confirmed, finished)
         drafting = self._draft(step.chunks, hidden_ND)
         for sequence in finished:
@@ -293,6 +296,15 @@ class Engine:
         if len(sequence.tokens) + len(new) >= sequence.max_length:
             answer.stop_at_length()
         return new
+
+    def _keep_experts(self, sequence: Sequence) -> None:
+        """Take the experts of a sequence that has ended from its pages, before they are freed."""
+        if self.cache.experts is None:
+            return
+        answer = self._requests[sequence][1]
+        new = len(answer.output)
+        fed = sequence.prompt_length + new - (new > 0)  # its last token has not been fed
+        answer.experts = self.cache.chosen(sequence.table.pages, fed)
 
     def _draft(self, chunks: List[Chunk], hidden_ND: Tensor) -> bool:
         """Keep the MTP rows and set drafts, where that pays; say whether it was done."""

@@ -50,10 +50,14 @@ class Forward:
         The result is valid until the next step.
         """
         batch = Batch(self.cache, feeds)
-        return self._run(self._main, batch, self.model.embed_tokens(batch.tokens_BT))
+        embedded_BTD = self.model.embed_tokens(batch.tokens_BT)
+        hidden_ND, *chosen = self._run(self._main, batch, embedded_BTD)
+        self.cache.note(batch, chosen)
+        return hidden_ND
 
-    def _main(self, rope: Rope, cache: Cache, x_BTD: Tensor) -> Tensor:
-        return self.model.layers_on(x_BTD, rope, cache)[0][0]
+    def _main(self, rope: Rope, cache: Cache, x_BTD: Tensor) -> tuple[Tensor, ...]:
+        hidden_BTD, routings = self.model.layers_on(x_BTD, rope, cache)
+        return hidden_BTD[0], *(routings[layer].chosen_NK for layer in sorted(routings))
 
     @torch.no_grad()
     def logits(self, hidden_ND: Tensor) -> Tensor:
@@ -74,11 +78,13 @@ class Forward:
         """
         batch = Batch(self.cache, feeds, turned=1)
         embedded_BTD = self.model.embed_tokens(batch.tokens_BT)
-        return self._run(self._mtp, batch, embedded_BTD, hidden_ND.unsqueeze(0))
+        return self._run(self._mtp, batch, embedded_BTD, hidden_ND.unsqueeze(0))[0]
 
-    def _mtp(self, rope: Rope, cache: Cache, embedded_BTD: Tensor, h_BTD: Tensor) -> Tensor:
+    def _mtp(
+        self, rope: Rope, cache: Cache, embedded_BTD: Tensor, h_BTD: Tensor
+    ) -> tuple[Tensor, ...]:
         layer = cache.layer(len(self.model.layers))
-        return self.model.mtp[0](h_BTD, embedded_BTD, rope, layer)[0][0]
+        return (self.model.mtp[0](h_BTD, embedded_BTD, rope, layer)[0][0],)
 
     @torch.no_grad()
     def draft_logits(self, hidden_ND: Tensor) -> Tensor:
@@ -88,13 +94,14 @@ class Forward:
         norm = self.model.mtp[0].norm
         return self.logits(torch.cat([norm(row_1D) for row_1D in hidden_ND.split(1)]))
 
-    def _run(self, part: Part, batch: Batch, *rows: Tensor) -> Tensor:
+    def _run(self, part: Part, batch: Batch, *rows: Tensor) -> tuple[Tensor, ...]:
         """Compute a part of the model over a batch, whose rows are ``[1, N, ..]``."""
         N = batch.tokens_BT.shape[1]
         if self.singly:
             each = (One(batch, n) for n in range(N))
             alone = [(one, [x[:, n : n + 1] for x in rows]) for n, one in enumerate(each)]
-            return torch.cat([part(one.rope(self.model, 1), one, *x) for one, x in alone])
+            made = [part(one.rope(self.model, 1), one, *x) for one, x in alone]
+            return tuple(map(torch.cat, zip(*made, strict=True)))
         repeated = None if self.repeats is None else self.repeats.run(part, batch, *rows)
         if repeated is not None:
             return repeated

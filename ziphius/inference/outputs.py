@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from ziphius.inference.logprobs import Scored
 
 
@@ -14,7 +16,9 @@ class CompletionOutput:
     ``offsets`` are the characters of ``text`` at which each token's own text begins.
     ``finish_reason`` is None while the answer goes on, ``stop``, ``length``, ``abort`` for a
     cancelled request, or ``error``, which ``error`` then tells in one line. ``stop_reason`` is the
-    stop string or the id of ``stop_token_ids`` that ended it.
+    stop string or the id of ``stop_token_ids`` that ended it. ``experts`` are those chosen for the
+    prompt's and the answer's tokens but the last, int16 ``[tokens, layers, K]``, where the engine
+    keeps them.
     """
 
     index: int
@@ -26,6 +30,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    experts: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,14 @@ class PagedCache:
     """The rows of all sequences: ``(C + R) * layers`` numbers a slot, MTP layers included.
 
     ``pages`` is ``[layers, n_pages, page_size, C + R]`` on the model's device and in its compute
-    dtype, zero at first: what was never written is finite, and weighs nothing.
+    dtype, zero at first: what was never written is finite, and weighs nothing. With ``experts``
+    every slot also has the experts that were chosen for its token, ``[slots, layers, K]`` int16, of
+    the main layers that route: training can choose the same (routing replay).
     """
 
-    def __init__(self, model: Transformer, n_pages: int, page_size: int) -> None:
+    def __init__(
+        self, model: Transformer, n_pages: int, page_size: int, *, experts: bool = False
+    ) -> None:
         if page_size < 1 or page_size % TILE:
             raise BadInput(f"page_size = {page_size}: use a multiple of {TILE}")
         if model.kernels.latent == TRITON and page_size & (page_size - 1):
@@ -37,6 +41,11 @@ class PagedCache:
         sizes = (layers, n_pages, page_size, width)
         self.pages = torch.zeros(sizes, dtype=model.precision.compute, device=self.device)
         self._rope = model.rope(c.max_position_embeddings)
+        self.experts: Tensor | None = None
+        routing = max(0, len(model.layers) - c.first_k_dense_replace)
+        if experts and routing:
+            kept = (n_pages, page_size, routing, c.num_experts_per_tok)
+            self.experts = torch.zeros(kept, dtype=torch.int16, device=self.device)
 
     @property
     def nbytes(self) -> int:
@@ -47,6 +56,23 @@ class PagedCache:
         """Copy pages (source, target), in order."""
         for source, target in pairs:
             self.pages[:, target] = self.pages[:, source]
+            if self.experts is not None:
+                self.experts[target] = self.experts[source]
+
+    def note(self, batch: Batch, chosen: Sequence[Tensor]) -> None:
+        """Keep the experts of a batch's tokens, int64 ``[N, K]`` a layer, if they are to be."""
+        if self.experts is None:
+            return
+        slots_N = batch.slots_N
+        new_N = slots_N >= 0  # others' rows are there, with their experts
+        chosen_NLK = torch.stack(list(chosen), dim=1)[new_N]
+        self.experts.flatten(0, 1)[slots_N[new_N]] = chosen_NLK.to(torch.int16)
+
+    def chosen(self, pages: Sequence[int], length: int) -> Tensor:
+        """Return the experts of a sequence's first tokens, int16 ``[length, layers, K]``."""
+        assert self.experts is not None, "they are kept where that was asked for"
+        used = list(pages[: -(-length // self.page_size)])
+        return self.experts[used].flatten(0, 1)[:length].cpu()
 
     def rope(self, positions_N: Tensor) -> Rope:
         """Return the rotary tables of any positions."""
@@ -92,7 +118,7 @@ class Batch:
             tables.append([*feed.table, *[0] * (longest - len(feed.table))])
         parts = _brought([tokens, slots, sequence, position, [*chain(*tables)]], cache.device)
         self.tokens_BT, self._tables = parts[0].unsqueeze(0), parts[4].view(len(feeds), longest)
-        self._slots_N, self._sequence_N, self._position_N = parts[1:4]
+        self.slots_N, self._sequence_N, self._position_N = parts[1:4]
 
     def rope(self, model: Transformer, length: int) -> Rope:
         """Return the rotary tables of the tokens."""
@@ -100,7 +126,7 @@ class Batch:
 
     def layer(self, index: int) -> LatentPages:
         """Return a layer's pages and the tokens' places in them."""
-        where = (self._slots_N, self._tables, self._sequence_N, self._position_N)
+        where = (self.slots_N, self._tables, self._sequence_N, self._position_N)
         return LatentPages(self.cache.pages[index], *where, first=self.turned)
 
 

@@ -17,8 +17,8 @@ from ziphius.model.transformer import Transformer
 
 MOST_TOKENS = 64  # larger steps spend little of their time between kernels
 MOST_BYTES = 64 * 2**20  # of all programs' intermediate results together
-# Part of a model over a step: rotary tables, cache and rows [1, N, ..] to rows [N, ..].
-Part = Callable[..., Tensor]
+# Part of a model over a step: rotary tables, cache and rows [1, N, ..] to several rows [N, ..].
+Part = Callable[..., tuple[Tensor, ...]]
 
 
 class Repeats:
@@ -34,7 +34,7 @@ class Repeats:
         self.why_not: str | None = None
         self.most_tokens = MOST_TOKENS
 
-    def run(self, part: Part, batch: Batch, *rows: Tensor) -> Tensor | None:
+    def run(self, part: Part, batch: Batch, *rows: Tensor) -> tuple[Tensor, ...] | None:
         """Compute a part of the model over a batch; the result is valid until the next step.
 
         None where the step is too large, or the part computes by more than kernels.

@@ -14,6 +14,7 @@ from ziphius.report import balancing, curves, headline, health, heat, tables
 from ziphius.report.checks import check
 from ziphius.report.experts import layer_figures
 from ziphius.report.files import write_whole
+from ziphius.report.needle import NEEDLE, needle_panels
 from ziphius.report.read import BALANCE, METRICS, RECIPE, SUMMARY, Run, read_run
 from ziphius.report.style import Key, Panel, drawing
 from ziphius.report.svg import inline
@@ -36,6 +37,7 @@ class Drawn:
     keys: tuple[Key, ...]
     bare_keys: tuple[Key, ...]
     note: str
+    by: str
 
 
 def write_report(run: Path, output: Path | None = None) -> Path:
@@ -82,6 +84,7 @@ def _content(run: Run) -> dict[str, Any]:
         "bits": next(_draw([curves.bits_panel(run)]), None),
         "curve_panels": list(_draw(curve_panels(run))),
         "expert_panels": list(_draw(expert_panels(run, layers))),
+        "needle_panels": list(_draw(needle_panels(run.needles))),
         "health_panels": list(_draw(health_panels(run))),
         "open_maps": [one for one in maps if few or one in alarming],
         "folded_maps": [one for one in maps if not few and one not in alarming],
@@ -99,6 +102,7 @@ def _content(run: Run) -> dict[str, Any]:
         "sources": [METRICS]
         + [BALANCE] * (run.balance is not None)
         + [SUMMARY] * (run.summary is not None)
+        + [NEEDLE] * (run.needles is not None)
         + [RECIPE] * (run.recipe is not None),
     }
 
@@ -147,6 +151,7 @@ def _draw(panels: Iterable[Panel | None]) -> Iterator[Drawn]:
                 keys=panel.keys,
                 bare_keys=panel.bare_keys,
                 note=panel.note,
+                by=panel.by,
             )
 
 

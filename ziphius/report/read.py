@@ -20,6 +20,7 @@ import numpy as np
 
 from ziphius.config.errors import BadInput
 from ziphius.report.balance import Balance, read_balance
+from ziphius.report.needle import NEEDLE, Needles, read_needles
 from ziphius.report.series import Floats, Ints, half_window, smooth
 
 METRICS, BALANCE, SUMMARY, RECIPE = (
@@ -99,6 +100,7 @@ class Run:
     summary: Mapping[str, Any] | None
     recipe: Mapping[str, Any] | None
     notes: tuple[str, ...]
+    needles: Needles | None = None
 
     def number(self, name: str) -> float | None:
         """Return a finite number of the summary, or None."""
@@ -168,6 +170,7 @@ def read_run(folder: Path) -> Run:
         summary=_read_summary(folder / SUMMARY),
         recipe=_read_recipe(folder / RECIPE),
         notes=tuple(notes),
+        needles=read_needles(folder / NEEDLE),
     )
 
 

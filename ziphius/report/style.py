@@ -49,7 +49,7 @@ class Panel:
     """One picture of the page: title, legend, a note below, and the figure in one or two shapes.
 
     ``narrow`` stands in for ``figure`` on a narrow screen; ``bare_keys`` of the legend are what
-    the wide figure does not write beside its lines itself.
+    the wide figure does not write beside its lines itself. ``by`` names the horizontal axis.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Panel:
     note: str = ""
     narrow: Figure | None = None
     bare_keys: tuple[Key, ...] = ()
+    by: str = "step"
 
 
 @contextmanager
