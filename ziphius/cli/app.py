@@ -16,13 +16,21 @@ from ziphius import __version__
 from ziphius.cli.bench import make_bench_app
 from ziphius.cli.chat import chat
 from ziphius.cli.convert import convert
+from ziphius.cli.distill import distill
+from ziphius.cli.dpo import dpo
+from ziphius.cli.extend import extend
 from ziphius.cli.generate import generate
+from ziphius.cli.grpo import grpo
 from ziphius.cli.inspect import inspect
 from ziphius.cli.prepare import prepare
 from ziphius.cli.pretrain import pretrain
+from ziphius.cli.processes import Processes, no_word, told_by_another
 from ziphius.cli.quickstart import quickstart
+from ziphius.cli.reject import reject
 from ziphius.cli.report import report
+from ziphius.cli.reward import reward
 from ziphius.cli.serve import serve
+from ziphius.cli.sft import sft
 from ziphius.config.errors import ZiphiusError, in_one_line
 
 HELP = (
@@ -45,7 +53,8 @@ def make_app() -> typer.Typer:
     )
     app.callback()(_options)
     for verb in (
-        quickstart, prepare, pretrain, report, generate, chat, serve, inspect, convert,
+        quickstart, prepare, pretrain, extend, sft, reward, dpo, grpo, reject, distill,
+        report, generate, chat, serve, inspect, convert,
     ):  # fmt: skip
         app.command()(verb)
     app.add_typer(make_bench_app(), name="bench")
@@ -73,7 +82,7 @@ def _print_version(wanted: bool) -> None:
 def run() -> None:
     """Run the command line and leave the process: 0 done, 1 failure, 2 bad input, 130 Ctrl-C.
 
-    Errors are one line; ``--debug`` shows where they come from.
+    Errors are one line, of all processes of a job together; ``--debug`` shows where they come from.
     """
     arguments = sys.argv[1:] or ["--help"]
     # Threads that spin for long while they wait take the cores from whatever else runs there; ones
@@ -88,7 +97,7 @@ def run() -> None:
     except Exception as error:
         if "--debug" in arguments:
             raise
-        _leave(*_told(error))
+        _leave(*_told(error), error)
     if code == 130:
         _leave("stopped", 130)
     raise SystemExit(code or 0)
@@ -104,7 +113,13 @@ def _told(error: Exception) -> tuple[str, int]:
     return f"error: {type(error).__name__}: {in_one_line(error)} (ziphius --debug shows where)", 1
 
 
-def _leave(message: str, code: int) -> NoReturn:
-    with suppress(OSError):  # whoever read it is gone
-        typer.echo(" ".join(message.splitlines()), err=True)
+def _leave(message: str, code: int, error: Exception | None = None) -> NoReturn:
+    processes = Processes.told()
+    if not getattr(error, "told", False) and not told_by_another(processes):
+        if getattr(error, "lost", False) and (silent := no_word(processes)):
+            message += f"; no word from rank {', '.join(map(str, silent))}"
+        if advice := getattr(error, "advice", ""):
+            message += f"; {advice}"
+        with suppress(OSError):  # whoever read it is gone
+            typer.echo(" ".join(message.splitlines()), err=True)
     raise SystemExit(code) from None

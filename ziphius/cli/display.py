@@ -28,8 +28,12 @@ def program() -> str:
         return "ziphius"
     if not called.endswith("__main__.py"):
         return called
-    python = "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)
-    return f"{python} -m ziphius"
+    return f"{python()} -m ziphius"
+
+
+def python() -> str:
+    """Return how this interpreter can be called again."""
+    return "python" if shutil.which("python") == sys.executable else shlex.quote(sys.executable)
 
 
 class Display:
@@ -70,19 +74,23 @@ class Display:
         """Show a training step: loss, bits per byte, speed, share of the peak, time left."""
         now = time.monotonic()
         self._recent = [*self._recent[-_RECENT_STEPS:], (record["step"], now)]
-        if record["skipped"]:
-            shown = f"skipped: {record['skipped']}"
-        else:
-            shown = (
-                f"loss {record['loss']:.3f}  {record['bpb']:.2f} bpb  "
-                f"{record['tokens_per_s']:,.0f} tokens/s  MFU {record['mfu']:.0%}"
-            )
-        shown += f"  {self._left(steps)} left"
+        shown = f"skipped: {record['skipped']}" if record["skipped"] else _figures(record)
+        self._show(record["step"], steps, f"{shown}  {self._left(steps)} left", now)
+
+    def progress(self, done: int, total: int) -> None:
+        """Show how much of something is done that is no step of training."""
+        now = time.monotonic()
+        if done <= 1 or not self._recent or self._recent[-1][0] > done:
+            self._recent = [(0, self._recent[-1][1] if self._recent else now)]
+        self._recent = [*self._recent[-_RECENT_STEPS:], (done, now)]
+        self._show(done, total, f"{self._left(total)} left", now)
+
+    def _show(self, done: int, total: int, shown: str, now: float) -> None:
         if self.console.is_terminal:
-            self._move(record["step"], steps, shown)
-        elif self._is_due(record["step"], steps, now):
+            self._move(done, total, shown)
+        elif self._is_due(done, total, now):
             self.console.print(
-                f"          step {record['step']}/{steps}  {shown}", highlight=False, soft_wrap=True
+                f"          step {done}/{total}  {shown}", highlight=False, soft_wrap=True
             )
 
     def _left(self, steps: int) -> str:
@@ -121,6 +129,20 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _figures(record: dict[str, Any]) -> str:
+    """Return what a step's line tells: of rewards where there are any, of the text otherwise."""
+    if "reward" in record:
+        return (
+            f"reward {record['reward']:.2f}  {record['accuracy']:.0%} right  "
+            f"{record['length']:.0f} tokens an answer  {record['tokens_per_s']:,.0f} tokens/s"
+        )
+    bpb = "" if record["bpb"] is None else f"  {record['bpb']:.2f} bpb"
+    return (
+        f"loss {record['loss']:.3f}{bpb}  "
+        f"{record['tokens_per_s']:,.0f} tokens/s  MFU {record['mfu']:.0%}"
+    )
 
 
 class _Lasting:

@@ -13,6 +13,13 @@ Recipe = Annotated[
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder or a run folder.")
 ]
+Start = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="The checkpoint or run to begin with.")
+]
+Out = Annotated[Path, typer.Option(help="The run's folder; new or empty, unless resumed.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in --out from its newest checkpoint.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,15 +13,13 @@ from typing import Annotated
 import typer
 
 from ziphius.cli import options
+from ziphius.cli.processes import Processes, joined
 
 
 def pretrain(
     recipe: options.Recipe,
-    out: Annotated[Path, typer.Option(help="The run's folder; new or empty, unless resumed.")],
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on with the run in --out from its newest checkpoint."),
-    ] = False,
+    out: options.Out,
+    resume: options.Resume = False,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps, in place of the recipe's length.")
     ] = None,
@@ -48,11 +47,17 @@ def pretrain(
     from ziphius.training.folder import RunFolder
 
     chosen = load_recipe(recipe, [*(overrides or []), *options.length(steps)])
-    console = Console()
-    folder = RunFolder(out, resume=resume)
-    with telling_how_to_go_on(out), Display(console) as display:
+    processes = Processes.told()
+    console = Console(quiet=processes.rank > 0)
+    folder = RunFolder(out, resume=resume, job=processes.job)
+    # A job that torchrun has begun again goes on with what it has saved, and with nobody else's.
+    folder.resume |= processes.restarts > 0 and folder.is_of(processes.job)
+    going_on = telling_how_to_go_on(out, processes)
+    with going_on, joined(chosen, processes) as mesh, Display(console) as display:
         stopping = partial(saving_on_signals, console)
-        trained = run.pretrain(chosen, folder, display, stopping=stopping)
+        trained = run.pretrain(chosen, folder, display, mesh=mesh, stopping=stopping)
+    if processes.rank:
+        return
     report = write_report(folder.path)
     before, after = (trained.summary[f"heldout_bpb_{when}"] for when in ("before", "after"))
     console.print(
@@ -65,26 +70,55 @@ def pretrain(
 
 
 @contextmanager
-def telling_how_to_go_on(out: Path) -> Iterator[None]:
-    """Add the command that goes on with a run to the word of what has stopped it."""
+def telling_how_to_go_on(
+    out: Path, processes: Processes | None = None, verb: str = "pretrain", *begun: str
+) -> Iterator[None]:
+    """Add the command that goes on with a run to the word of what has stopped it.
+
+    ``begun`` are the arguments that follow the recipe.
+    """
     from ziphius.config.errors import ZiphiusError
+    from ziphius.parallel.collectives import Lost
     from ziphius.training.loop import Stopped
 
+    going_on = partial(resume_command, out, processes, verb, *begun)
     try:
         yield
     except Stopped as stopped:
-        raise stopped.saying(f"go on with: {resume_command(out)}") from None
+        stopped.advice = f"go on with: {going_on()}"
+        raise
+    except Lost as lost:
+        if written_recipe(out).is_file():
+            lost.advice = f"go on with: {going_on()}"
+        raise
     except KeyboardInterrupt:
-        if not (out / "recipe.toml").is_file():
+        if not written_recipe(out).is_file():
             raise
-        at_once = ZiphiusError(f"stopped; go on with: {resume_command(out)}")
+        at_once = ZiphiusError("stopped")
         at_once.exit_code = 130
+        at_once.advice = f"go on with: {going_on()}"
         raise at_once from None
 
 
-def resume_command(out: Path) -> str:
-    """Return the command that goes on with a run, whatever began it."""
-    from ziphius.cli.display import program
+def written_recipe(out: Path) -> Path:
+    """Return the recipe that a run has written: an extension's first phases lie in its folder."""
+    own = out / "recipe.toml"
+    return own if own.is_file() else next(iter(sorted(out.glob("phase-*/recipe.toml"))), own)
 
-    recipe = shlex.quote(str(out / "recipe.toml"))
-    return f"{program()} pretrain {recipe} --out {shlex.quote(str(out))} --resume"
+
+def resume_command(
+    out: Path, processes: Processes | None = None, verb: str = "pretrain", *begun: str
+) -> str:
+    """Return the command that goes on with a run, whatever began it."""
+    from ziphius.cli.display import program, python
+
+    recipe, called = shlex.quote(str(written_recipe(out))), program()
+    if processes is not None and processes.world > 1:
+        torchrun = (
+            "torchrun" if shutil.which("torchrun") else f"{python()} -m torch.distributed.run"
+        )
+        nodes = processes.world // processes.per_node  # if several, they have to meet as before
+        several = f" --nnodes {nodes}" * (nodes > 1)
+        called = f"{torchrun}{several} --nproc-per-node {processes.per_node} -m ziphius"
+    arguments = "".join(f" {shlex.quote(argument)}" for argument in begun)
+    return f"{called} {verb} {recipe}{arguments} --out {shlex.quote(str(out))} --resume"

@@ -75,7 +75,7 @@ def quickstart(
             trained = run.pretrain(
                 recipe, folder, display, text=text, seconds=limit, stopping=stopping
             )
-        summary = _measure(trained, recipe, folder, display)
+        summary = _measure(trained, text, recipe, folder, display)
         report = write_report(folder.path)
     _tell(console, summary, out, report)
 
@@ -112,7 +112,7 @@ def _tokens_that_fit(recipe: Recipe, text: Text, minutes: float, display: Displa
 
 
 def _measure(
-    trained: Trained, recipe: Recipe, folder: RunFolder, display: Display
+    trained: Trained, text: Text, recipe: Recipe, folder: RunFolder, display: Display
 ) -> dict[str, Any]:
     """Add baselines and a generated function to the run's figures; draw its loss."""
     from ziphius.cli.function import PROMPT, write_function
@@ -122,7 +122,7 @@ def _measure(
     from ziphius.inference.llm import LLM
     from ziphius.report.loss import draw_loss
 
-    corpus = trained.text.corpus
+    corpus = text.corpus
     heldout = select_heldout(corpus.heldout, recipe.run.validate_bytes)
     heldout_text = b"".join(document.text.encode() for document in heldout)
     display.say("measuring an n-gram model and xz on the same text")
@@ -132,7 +132,8 @@ def _measure(
         summary["ngram_bpb"] = ngram.bits_per_byte(heldout_text)
     display.say("writing a function")
     kernels, cache = recipe.run.kernels, recipe.run.cache
-    llm = LLM.of(trained.model, trained.text.tokenizer, kernels=kernels, kernel_cache=cache)
+    assert trained.model is not None, "one process has trained"
+    llm = LLM.of(trained.model, text.tokenizer, kernels=kernels, kernel_cache=cache)
     function = write_function(llm)
     summary |= {
         "generated": function.text,
