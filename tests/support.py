@@ -5,7 +5,7 @@ Import it as ``from tests.support import tiny_config, random_model, randomise``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,12 +202,16 @@ def hf_config(config: ModelConfig, **changes: Any) -> DeepseekV3Config:
 
 
 def open_in_transformers(
-    path: Path, dtype: torch.dtype = torch.float32, attention: str = "eager"
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "eager",
+    *,
+    unused: Collection[str] = (),
 ) -> DeepseekV3ForCausalLM:
     """Open a checkpoint folder with transformers' own class, in evaluation mode.
 
     Raises AssertionError when a weight is missing, left over (MTP layers excepted, which this class
-    does not run) or of another shape: transformers itself only warns.
+    does not run, and those ``unused``) or of another shape: transformers itself only warns.
     """
     from transformers import DeepseekV3ForCausalLM
 
@@ -220,7 +224,7 @@ def open_in_transformers(
         output_loading_info=True,
     )
     layers = model.config.num_hidden_layers
-    left_over = {n for n in report["unexpected_keys"] if _layer(n) < layers}
+    left_over = {n for n in report["unexpected_keys"] if _layer(n) < layers} - set(unused)
     assert not report["missing_keys"], report["missing_keys"]
     assert not left_over, left_over
     assert not report["mismatched_keys"], report["mismatched_keys"]

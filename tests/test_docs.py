@@ -15,12 +15,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What a documented command may be, and the module that it is.
+MODULES = {"ziphius": "ziphius", "torchrun": "torch.distributed.run"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
 
 
+@pytest.mark.timeout(900)  # about a hundred commands, one after the other
 def test_every_documented_command_runs_in_its_order(tmp_path: Path) -> None:
     """One folder for all pages; a Python block runs after the commands of its page.
 
@@ -33,8 +36,9 @@ def test_every_documented_command_runs_in_its_order(tmp_path: Path) -> None:
                     if not line.startswith("$ "):
                         continue
                     program, *arguments = shlex.split(line[2:])
-                    assert program == "ziphius", f"{page.name}: {line}: only ziphius is run here"
-                    command = [sys.executable, "-m", "ziphius", *arguments]
+                    module = MODULES.get(program)
+                    assert module, f"{page.name}: {line}: only {', '.join(MODULES)} are run here"
+                    command = [sys.executable, "-m", module, *arguments]
                     if arguments[-1] == "&":
                         servers.enter_context(serving(tmp_path, command[:-1], line))
                     else:

@@ -77,7 +77,8 @@ def test_a_step_on_a_processor_has_no_kernel_of_a_gpu() -> None:
 
 def test_the_same_weights_and_tokens_give_the_same_loss() -> None:
     ours, theirs = Ours(JOB, "float32"), Theirs(JOB, master=True)
-    theirs.build("eager")
+    theirs.build()
+    theirs.begin()
     with torch.autocast("cpu", enabled=False):
         first = theirs.model(theirs.batch.tokens_BS[:, :-1]).logits
         assert torch.allclose(first, ours.model(ours.batch.tokens_BS[:, :-1]), atol=1e-4)
@@ -85,7 +86,7 @@ def test_the_same_weights_and_tokens_give_the_same_loss() -> None:
 
 def test_a_weight_that_is_left_over_is_an_error() -> None:
     theirs = Theirs(JOB, master=True)
-    theirs.build("eager")
+    theirs.build()
     theirs.model.extra = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match="3 numbers"):
         fill(theirs.model, theirs.first)

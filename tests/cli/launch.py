@@ -28,19 +28,27 @@ class Command:
     """``ziphius ARGUMENTS`` in a process of its own, its output in files.
 
     ``patch`` is called in the process before the command; it must be a function of a module.
-    ``output`` is a descriptor that takes the place of the file of standard output.
+    ``output`` is a descriptor that takes the place of the file of standard output. ``environment``
+    is added to that of the tests.
     """
 
     def __init__(
-        self, *arguments: str, logs: Path, patch: Patch | None = None, output: int | None = None
+        self,
+        *arguments: str,
+        logs: Path,
+        patch: Patch | None = None,
+        output: int | None = None,
+        environment: dict[str, str] | None = None,
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         number = len(list(logs.iterdir())) // 2
         self._out, self._err = logs / f"{number}.out", logs / f"{number}.err"
         self._out.touch()
         self._err.touch()
-        given = (output,) if output is None else (_Sent(output),)
-        self.process = start(_command, arguments, self._out, self._err, patch, *given)
+        given = output if output is None else _Sent(output)
+        self.process = start(
+            _command, arguments, self._out, self._err, patch, given, environment or {}
+        )
 
     def code(self) -> int:
         """Wait for its end; return its exit code, or minus the signal that killed it."""
@@ -96,9 +104,16 @@ def _received(sent: Any) -> int:
 
 
 def _command(
-    arguments: tuple[str, ...], out: Path, err: Path, patch: Patch | None, output: int | None
+    arguments: tuple[str, ...],
+    out: Path,
+    err: Path,
+    patch: Patch | None,
+    output: int | None,
+    environment: dict[str, str],
 ) -> None:
     import torch
+
+    os.environ.update(environment)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT) if output is None else output, 1)

@@ -334,10 +334,15 @@ class Terminal:
 
 
 def _own_terminal() -> None:
-    """Make standard input the terminal that sends its signals here."""
+    """Make standard input the terminal that sends its signals here.
+
+    Who runs in front hears Ctrl-C, whatever the tests were started by: in the background of a
+    script it is ignored, and programs inherit that.
+    """
     import fcntl
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 

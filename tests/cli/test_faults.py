@@ -18,6 +18,7 @@ import pytest
 
 from tests.cli.launch import Command, Patch, flags, quick
 from tests.training.support import (
+    FIRST_STATE,
     Silent,
     assert_same_run,
     leftovers,
@@ -210,8 +211,8 @@ def flip(checkpoint: Path) -> str:
 
 
 def truncate(checkpoint: Path) -> str:
-    os.truncate(checkpoint / "state" / "optimizer.safetensors", 1000)
-    return "state/optimizer.safetensors has 1000 bytes instead of"
+    os.truncate(checkpoint / "state" / FIRST_STATE, 1000)
+    return f"state/{FIRST_STATE} has 1000 bytes instead of"
 
 
 def lose(checkpoint: Path) -> str:
@@ -256,7 +257,9 @@ def test_a_second_process_is_refused_at_once_and_the_first_is_not_disturbed(
     words: Path, tmp_path: Path
 ) -> None:
     out, logs = tmp_path / "run", tmp_path / "logs"
-    first = Command(*begun(words, out), logs=logs, patch=wait_at_step_6)
+    # Nothing is being saved while the others are refused.
+    unsaved = "run.checkpoint_every=100"
+    first = Command(*begun(words, out, unsaved), logs=logs, patch=wait_at_step_6)
     first.until(lambda: "waiting" in first.shown())
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for arguments in (

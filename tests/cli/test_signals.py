@@ -91,13 +91,13 @@ def slow_step() -> None:
 
 
 def slow_save() -> None:
-    """Let a save take until the process is stopped."""
+    """Let a save take long, on a slow disk."""
     quick()
     plain = loop.Loop.save
 
     def save(self: loop.Loop) -> None:
         if self.state.progress.step == 8:
-            os.fsync = lambda descriptor: (print("waiting", flush=True), time.sleep(600))  # type: ignore[assignment]
+            os.fsync = lambda descriptor: (print("waiting", flush=True), time.sleep(1))  # type: ignore[assignment]
         plain(self)
 
     loop.Loop.save = save  # type: ignore[method-assign]

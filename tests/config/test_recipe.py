@@ -234,7 +234,11 @@ def test_an_override_below_a_value(tmp_path: Path) -> None:
         ("pretrain.micro_batch_size=3", "batch_size = 4 is no multiple of micro_batch_size = 3"),
         ("model.scoring_func=softmax", "model.scoring_func = 'softmax'"),
         ("model.topk_method=greedy", "model.topk_method = 'greedy'"),
-        ("parallel.recompute=all", "parallel.recompute = 'all'"),
+        ("parallel.recompute=all", "parallel.recompute: 'all' is no policy"),
+        (
+            "parallel.recompute=full|al",
+            "parallel.recompute: 'al' is no policy: use none, selective",
+        ),
     ],
 )
 def test_impossible_values_are_named(tmp_path: Path, override: str, expected: str) -> None:

@@ -76,7 +76,8 @@ def test_the_folder_has_what_its_docstring_lists(tmp_path: Path, sources: str) -
     assert set(contents(tmp_path / "out")) == {
         "prepared.json", "tokenizer.json", "tokenizer_config.json", "heldout.jsonl",
         "removed.jsonl", "manifest.json",
-        *(f"source-{n:02d}/{f}.npy" for n in (0, 1) for f in ("tokens-00000", "lengths", "keys")),
+        *(f"source-{n:02d}/{f}.npy" for n in (0, 1)
+          for f in ("tokens-00000", "lengths", "keys", "projects")),
     }  # fmt: skip
     described = json.loads((tmp_path / "out" / "prepared.json").read_text())
     assert described["settings"]["data"]["near_threshold"] == 0.8

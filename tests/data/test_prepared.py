@@ -47,6 +47,7 @@ def refusal(folder: Path) -> str:
 FILES = [
     "prepared.json", "tokenizer.json", "heldout.jsonl", "removed.jsonl",
     "source-00/tokens-00001.npy", "source-00/lengths.npy", "source-00/keys.npy",
+    "source-00/projects.npy",
 ]  # fmt: skip
 
 

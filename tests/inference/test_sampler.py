@@ -47,6 +47,8 @@ def reference(logits: Sequence[float], params: SamplingParams) -> list[float]:
     order = sorted(weights, key=lambda i: (-logits[i], i))
     if params.top_k:
         order = order[: params.top_k]
+    # Logits 1e-19 apart have one weight, and top-p then takes the lower token first.
+    order.sort(key=lambda i: (-weights[i], i))
     total, kept = sum(weights[i] for i in order), []
     for token in order:
         if sum(weights[i] for i in kept) >= params.top_p * total:
@@ -71,6 +73,8 @@ FILTERS = st.fixed_dictionaries(
 
 @settings(max_examples=300)
 @given(LOGITS, FILTERS)
+@example([1e-19, 5e-19], {"temperature": 1.0, "top_k": 0, "top_p": 0.513, "min_p": 0.0})
+@example([1e-19, 5e-19], {"temperature": 1.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0})
 def test_the_distribution_is_the_reference(logits: list[float], filters: dict[str, Any]) -> None:
     expected = reference([float(np.float32(x)) for x in logits], SamplingParams(**filters))
     assert p(logits, **filters) == pytest.approx(expected, abs=1e-9)

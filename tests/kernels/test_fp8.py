@@ -123,6 +123,22 @@ def test_experts_are_layers_of_their_own() -> None:
     assert off(x.grad, torch.cat(_exact_dx(dout, weight))) < CLOSE
 
 
+def test_experts_that_get_no_row() -> None:
+    """Of all tokens in the world none may come to a rank: it still goes there and back."""
+    how, counts_E, weight = arithmetic(), torch.zeros(4, dtype=torch.int64), weights(4, 70, 200)
+    x = normal(0, 200, requires_grad=True)
+    y = grouped(x, weight, counts_E)
+    down = weights(4, 200, 35)
+    gates_M = torch.ones(0, requires_grad=True)
+    out = how.gated_linear(y, None, gates_M, down, how.weight(down), counts_E)
+    assert (y.shape, out.shape) == ((0, 70), (0, 200))
+    out.backward(torch.zeros_like(out))
+    for leaf in (x, gates_M, weight, down):
+        assert leaf.grad is not None
+        assert leaf.grad.shape == leaf.shape
+        assert not leaf.grad.any()
+
+
 def _exact_dx(dout: Tensor, weight: Tensor) -> list[Tensor]:
     parts = zip(dout.double().split(COUNTS), weight.detach().double(), strict=True)
     return [d @ w for d, w in parts]

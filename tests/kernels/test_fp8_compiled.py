@@ -242,8 +242,9 @@ def test_grouped(library: Library, counts: list[int], N: int, K: int, seed: int)
 @given(st.integers(1, 40), st.integers(1, 5), WIDTHS, SEEDS)
 def test_permuting_tiles(library: Library, N: int, K: int, D: int, seed: int) -> None:
     q, order_M = quantize.quantize_tiles(spread(N, D, seed=seed)), torch.randperm(N * K)
-    found = permute.permute_tiles_compiled(library, q, order_M, K)
-    assert_equal(found, permute.permute_tiles(q, order_M, K))
+    inverse_M = order_M.argsort()
+    found = permute.permute_tiles_compiled(library, q, order_M, inverse_M, K)
+    assert_equal(found, permute.permute_tiles(q, order_M, inverse_M, K))
 
 
 def inputs(M: int, F: int, weighted: bool, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -92,7 +92,7 @@ def test_quantising_and_permuting_commute(N: int, K: int, D: int, seed: int) -> 
     """A tile is a part of one row, so moving codes and scales is moving numbers."""
     _, order_M, inverse_M = sorted_choice(N, K, seed)
     u_ND = torch.randn(N, D)
-    moved = permute_tiles(quantize_tiles(u_ND), order_M, K)
+    moved = permute_tiles(quantize_tiles(u_ND), order_M, inverse_M, K)
     expected = quantize_tiles(permute(u_ND, order_M, inverse_M, K))
     assert torch.equal(moved.codes.view(torch.uint8), expected.codes.view(torch.uint8))
     assert torch.equal(moved.scales, expected.scales)

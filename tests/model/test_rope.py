@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support import random_model, random_tokens, tiny_config
+from tests.support import hf_config, random_model, random_tokens, tiny_config
 from ziphius.config.model import ModelConfig, Yarn
 from ziphius.config.recipe import load_recipe
 from ziphius.model.rope import (
@@ -57,6 +57,30 @@ def test_plain_frequencies() -> None:
 def test_extended_frequencies(pair: int, value: float) -> None:
     """The check values of facts 7.2."""
     assert frequencies(EXTENDED)[pair].item() == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("width", "yarn"),
+    [
+        (64, Yarn()),
+        (64, Yarn(factor=10.0, original_max_position_embeddings=32_768, beta_fast=16)),
+        (8, Yarn(original_max_position_embeddings=256)),
+        (16, Yarn(factor=4.0, original_max_position_embeddings=100, mscale_all_dim=0.707)),
+    ],
+)
+def test_the_same_as_transformers_for_the_same_config(width: int, yarn: Yarn) -> None:
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+        DeepseekV3Attention,
+        DeepseekV3RotaryEmbedding,
+    )
+
+    config = tiny_config(qk_rope_head_dim=width, rope_scaling=yarn)
+    theirs = hf_config(config, _attn_implementation="eager")
+    embedding = DeepseekV3RotaryEmbedding(theirs)
+    torch.testing.assert_close(embedding.inv_freq.double(), frequencies(config), rtol=1e-5, atol=0)
+    assert embedding.attention_scaling == pytest.approx(rotation_scale(config), rel=1e-6)
+    attention = DeepseekV3Attention(theirs, 0)
+    assert attention.scaling == pytest.approx(softmax_scale(config), rel=1e-6)
 
 
 def test_the_blend_goes_from_pair_10_to_pair_23() -> None:

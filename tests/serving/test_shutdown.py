@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -34,6 +35,9 @@ def test_streams_end_and_nothing_holds_them_up(checkpoint: Path, home: Path) -> 
         assert idle.get("/health").status_code == 200  # and its connection is kept
         half.sendall(request(LONG)[:40])
         whole = Asking(started, {**body, "stream": False})
+        # It must be there before the signal: a client that connects later is refused.
+        running = re.compile(r"^ziphius_requests_running\{.*\} 1\.0$", re.M)
+        started.until(lambda: running.search(idle.get("/metrics").text), 30)
         asking = Asking(started, body)
         assert asking.begun.wait(30)
         started.process.send_signal(signal.SIGTERM)

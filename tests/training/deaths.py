@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -100,6 +101,7 @@ def _follow(at_change: Callable[[int], None]) -> None:
             at_change(count)
             sys.setprofile(watch)
 
+    threading.setprofile(watch)  # of threads that begin from now on
     sys.setprofile(watch)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from ziphius.config.recipe import Recipe, load_recipe
 
@@ -24,8 +27,13 @@ SMALL = (
     *("pretrain.ema_decay=0.9", "run.threads=1", "run.validate_bytes=300", "data.workers=0"),
 )
 # What a clock says is not part of the promise.
-_CLOCK = ("seconds", "tokens_per_s", "mfu")
+_CLOCK = (
+    *("seconds", "tokens_per_s", "mfu", "waited", "waited_least", "slowest_rank"),
+    "sampling_seconds",
+)
 LOCK = ".lock"
+# The first file of moments and averages that the first rank writes.
+FIRST_STATE = "shard-00001-model-00001-of-00001.safetensors"
 
 
 class Silent:
@@ -40,6 +48,27 @@ class Silent:
 
     def step(self, record: dict[str, Any], steps: int) -> None:
         self.on_step(record["step"])
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a process."""
+
+
+@contextmanager
+def breaking_off(at: int) -> Iterator[Silent]:
+    """Give a watch that breaks a run off behind its ``at``-th step, counted from where it began.
+
+    Everything is dropped, as by a process that is killed.
+    """
+    seen: list[int] = []
+
+    def stop(step: int) -> None:
+        seen.append(step)
+        if len(seen) == at:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        yield Silent(stop)
 
 
 def write_text(folder: Path) -> Path:
@@ -81,7 +110,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def checkpoints(out: Path) -> dict[str, dict[str, bytes]]:
     """Return the files of every checkpoint of a run, by its name."""
-    stage = out / "stages" / "pretrain"
+    (stage,) = (out / "stages").iterdir()
     return {folder.name: contents(folder) for folder in stage.iterdir()}
 
 

@@ -178,13 +178,14 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the losses of some batches NaN: of the same ones, whenever they come."""
     plain = loop.train_step
 
-    def train_step(model: Any, optimizer: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def train_step(passes: Any, optimizer: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if batch.tokens_BS.sum() % 5 > 3:
-            return plain(model, optimizer, batch, *args, **kwargs)
+            return plain(passes, optimizer, batch, *args, **kwargs)
+        (model,) = passes.models
         saved = model.norm.weight.detach().clone()
         with torch.no_grad():
             model.norm.weight.fill_(math.nan)
-        result = plain(model, optimizer, batch, *args, **kwargs)
+        result = plain(passes, optimizer, batch, *args, **kwargs)
         with torch.no_grad():
             model.norm.weight.copy_(saved)
         return result

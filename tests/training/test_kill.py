@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,13 @@ MOMENTS: dict[str, tuple[Any, str]] = {
 }
 
 
+def whole_call(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Call a function, and wait for a save that it has begun."""
+    plain(*args, **kwargs)
+    if isinstance(args[0], loop.Loop):
+        args[0].finish_saving()
+
+
 def die_in(
     name: str, call: int, exchange: bool, out: Path, left: Path, text: Path, settings: Settings
 ) -> None:
@@ -127,7 +135,7 @@ def die_in(
         calls += 1
         if calls != call:
             return plain(*args, **kwargs)
-        every_death(lambda: plain(*args, **kwargs), out, left)
+        every_death(partial(whole_call, plain, *args, **kwargs), out, left)
         os._exit(0)
 
     setattr(owner, attribute, watched)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.support import Silent, assert_same_run, metrics
+from tests.training.support import Silent, assert_same_run, breaking_off, metrics
 from tests.training.support import recipe as small_recipe
 from ziphius.config.errors import BadInput, ZiphiusError
 from ziphius.config.recipe import Recipe, load_recipe
@@ -40,19 +40,11 @@ def whole(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-class Interrupted(Exception):
-    """Stands for whatever ends a process."""
-
-
 def broken_off(words: Path, out: Path, at: int, *more: str) -> None:
     """Run until after step ``at`` and drop everything, as a killed process does."""
 
-    def stop(step: int) -> None:
-        if step == at:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        pretrain(recipe(words, *more), RunFolder(out), Silent(stop))
+    with breaking_off(at) as watch:
+        pretrain(recipe(words, *more), RunFolder(out), watch)
 
 
 def resumed(words: Path, out: Path, *more: str) -> Silent:
@@ -115,7 +107,7 @@ def test_a_checkpoint_without_its_state_or_manifest_is_damaged(
     broken_off(words, out, 7)
     shutil.rmtree(out / "stages" / "pretrain" / "step-6" / "state")
     said = "\n".join(resumed(words, out).said)
-    assert "state/optimizer.safetensors is missing" in said
+    assert "state/state.json is missing" in said
     shutil.rmtree(out / "stages" / "pretrain" / "step-8" / "state")
     (out / "stages" / "pretrain" / "step-9" / "manifest.json").unlink()
     with pytest.raises(BadInput, match=r"no checkpoint can be used.*step-9.*step-8"):
@@ -213,14 +205,15 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[int]:
     taken: list[int] = []
     plain = loop.train_step
 
-    def train_step(model: Any, optimizer: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def train_step(passes: Any, optimizer: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         taken.append(1)
         if len(taken) not in steps:
-            return plain(model, optimizer, batch, *args, **kwargs)
+            return plain(passes, optimizer, batch, *args, **kwargs)
+        (model,) = passes.models
         saved = model.norm.weight.detach().clone()
         with torch.no_grad():
             model.norm.weight.fill_(float("nan"))
-        result = plain(model, optimizer, batch, *args, **kwargs)
+        result = plain(passes, optimizer, batch, *args, **kwargs)
         with torch.no_grad():
             model.norm.weight.copy_(saved)
         return result

@@ -22,8 +22,9 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from ziphius.kernels.latent import LatentPages
 from ziphius.kernels.quantize import Fp8
-from ziphius.kernels.triton import gemm, grouped_gemm, product
+from ziphius.kernels.triton import gemm, grouped_gemm, latent, product
 from ziphius.kernels.triton.product import Config
 
 compiled: list[dict[str, Any]] = []
@@ -76,6 +77,19 @@ def operand(*shape: int, rows: int = 1) -> Fp8:
     return Fp8(codes, torch.ones(*stack, -(-R // rows), -(-C // 128)), rows)
 
 
+def decode() -> None:
+    """Attention over the latent cache: all heads of two queries, 64 of one, and parts in FP32."""
+    latent.copyable = lambda *_: True
+    for heads, queries, splits in ((16, 2, 1), (128, 1, 1), (16, 1, 2)):
+        N = 4 * queries
+        one_N, tables = torch.zeros(N, dtype=torch.int64), torch.zeros(4, 8, dtype=torch.int64)
+        pages = torch.zeros(8, 64, 576, dtype=torch.bfloat16)
+        cache = LatentPages(pages, one_N, tables, one_N, one_N)
+        q_NHc = torch.zeros(N, heads, 576, dtype=torch.bfloat16)
+        latent.even_splits = lambda *_, splits=splits: splits
+        latent.TritonLatent().attend(q_NHc, 512, 0.1, cache)
+
+
 def main() -> None:
     driver.set_active(NoDriver())
     for jit in (JITFunction, GluonJITFunction):
@@ -89,13 +103,21 @@ def main() -> None:
     for chosen in (*large, small):
         assert product.copyable(a, b)
         gemm.gemm_triton(a, b, torch.bfloat16, config=chosen)
+    # 4 rounds of 132 tiles and 16 tiles, as in the report's product.
+    whole = operand(4096, 7168), operand(2112, 7168, rows=128)
+    for dtype in (torch.bfloat16, torch.float32):
+        gemm.gemm_triton(*whole, dtype, config=gemm.PAIRS)
+    # Rows of a result that the copy engine cannot store.
+    gemm.gemm_triton(a, operand(2117, 1536, rows=128), torch.bfloat16, config=gemm.PAIRS)
     counts = torch.tensor([600, 0, 424])
     experts = operand(3, 256, 1536, rows=128)
-    for chosen in large[1::3]:
+    for chosen in large:
         grouped_gemm.grouped_gemm_triton(a, experts, counts, torch.bfloat16, config=chosen)
     turned = operand(512, 1536), operand(256, 1536)
-    for chosen in gemm.TILES_CANDIDATES[:2]:
-        grouped_gemm.grouped_gemm_along_k_triton(*turned, counts, torch.float32, config=chosen)
+    for dtype in (torch.bfloat16, torch.float32):
+        grouped_gemm.grouped_gemm_along_k_triton(*turned, counts, dtype, config=gemm.PAIRS)
+        gemm.gemm_triton(*turned, dtype, config=gemm.PAIRS)
+    decode()
     print(json.dumps(compiled))
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that a block may have there
+LAUNCH = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -46,12 +48,16 @@ class Report(NamedTuple):
     shared: int  # bytes a block
     matrix: str  # wgmma, mma or nothing
     mixed: bool  # threads exchange a matrix of bytes, which Triton 3.6 mixes up
+    lost: bool  # fewer conversions to E4M3 than there should be: ptxas leaves their codes undefined
+    apart: bool  # an axis is reduced over threads that are no neighbours: it takes wrong ones
 
     def __str__(self) -> str:
         return (
             f"{self.name}: {self.registers} registers, {self.spilled} bytes spilled, "
             f"{self.shared} bytes shared, {self.matrix or 'no matrix unit'}"
             f"{', BYTES BETWEEN THREADS' if self.mixed else ''}"
+            f"{', CONVERSIONS LOST' if self.lost else ''}"
+            f"{', REDUCED OVER THREADS APART' if self.apart else ''}"
         )
 
 
@@ -75,16 +81,17 @@ def _compiled(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> 
     values = dict(zip(function.arg_names, args, strict=False))
     values |= {name: options[name] for name in function.arg_names if name in options}
     launch = {name: options[name] for name in options if name not in function.arg_names}
+    # A launch on a GPU would refuse others.
+    assert launch.keys() <= LAUNCH, launch
     signature, constants, attributes = {}, {}, {}
     for number, parameter in enumerate(function.params):
         value = values.get(parameter.name, parameter.default)
-        kind = "constexpr" if parameter.is_constexpr else _type(value)
+        plain = parameter.do_not_specialize and isinstance(value, int)
+        kind = "i32" if plain else "constexpr" if parameter.is_constexpr else _type(value)
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[(number,)] = value
-        elif not kind.startswith(("fp32", "tensordesc")) and (
-            not isinstance(value, int) or value % 16 == 0
-        ):
+        elif not plain and _is_aligned(value):
             attributes[(number,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
     kernel = triton.compile(source, target=HOPPER, options=launch)
@@ -93,14 +100,37 @@ def _compiled(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> 
     matrix = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
     lines = kernel.asm["ttgir"].splitlines()
     mixed = any("convert_layout" in line and re.search(r"<\d+x\d+x(i8|f8)", line) for line in lines)
-    return Report(kernel.metadata.name, registers, spilled, kernel.metadata.shared, matrix, mixed)
+    name, shared = kernel.metadata.name, kernel.metadata.shared
+    lost = _conversions(kernel.asm["cubin"]) < ptx.count("cvt.rn.satfinite.e4m3x2")
+    return Report(name, registers, spilled, shared, matrix, mixed, lost, reduced_apart(lines))
 
 
-def _is_aligned(kind: str, value: Any) -> bool:
+def reduced_apart(lines: list[str]) -> bool:
+    """Say whether an axis is reduced whose threads are no neighbours, in Triton's GPU dialect.
+
+    Triton 3.6 reduces over as many threads as the axis has, neighbours of the first of them. Only
+    layouts that it derives, as that of a reshaped matrix, have them apart.
+    """
+    lanes = {}
+    for line in lines:
+        if found := re.match(r"(#\w+) = #ttg.linear<.*lane = (\[\[.*?\]\]), warp", line):
+            lanes[found[1]] = json.loads(found[2])
+    axis = 0
+    for line in lines:
+        if found := re.search(r'"tt.reduce".*axis = (\d+)', line):
+            axis = int(found[1])
+        elif found := re.match(r"\s*}\) : \(tensor<[^#]*(#\w+)>", line):
+            along = [base[axis] != 0 for base in lanes.get(found[1], ())]
+            if "10" in "".join(str(int(x)) for x in along).strip("0"):
+                return True
+    return False
+
+
+def _is_aligned(value: Any) -> bool:
     """Say whether the compiler is told that a number or an address is a multiple of 16."""
-    if isinstance(value, int):
-        return value % 16 == 0
-    return kind != "fp32" and not isinstance(value, TensorDescriptor)
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr() % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
 
 
 def _type(value: Any) -> str:
@@ -115,17 +145,25 @@ def _type(value: Any) -> str:
     return "i32" if abs(value) < 2**31 else "i64"
 
 
+def _conversions(cubin: bytes) -> int:
+    """Count the instructions that make two codes."""
+    return _dumped(cubin, "-sass").count("F2FP.SATFINITE.E4M3")
+
+
 def _resources(cubin: bytes) -> tuple[int, int]:
+    told = _dumped(cubin, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    assert found, told
+    return int(found[1]), int(found[2])
+
+
+def _dumped(cubin: bytes, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
-    assert found, told
-    return int(found[1]), int(found[2])
+        command = [tool, what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def attention() -> None:
@@ -145,7 +183,7 @@ def attention() -> None:
 def latent() -> None:
     """Attention over the latent cache, and what stands around it, with few and with many heads."""
     from ziphius.kernels.latent import LatentPages
-    from ziphius.kernels.triton.latent import TritonLatent
+    from ziphius.kernels.triton.latent import HALF_LAUNCHES, TritonLatent
 
     C, R, nope = 512, 64, 128
     for H, batch, queries in ((16, 64, 1), (16, 64, 2), (16, 8, 64), (128, 64, 1), (128, 8, 2)):
@@ -160,15 +198,51 @@ def latent() -> None:
         q_NHc = triton_latent.queries(q_NHd, up_HCn, turns)
         z_NHC = triton_latent.attend(q_NHc, C, 0.07, cache)
         triton_latent.values(z_NHC, up_HCn.transpose(1, 2))
+        for launches in HALF_LAUNCHES[1:] if queries == 1 else ():
+            TritonLatent(launches).attend(q_NHc, C, 0.07, cache)
 
 
 def e5m6() -> None:
     """What is kept of attention's output, of whole tiles and of ragged ones."""
-    from ziphius.kernels.triton.e5m6 import TritonE5M6
+    from ziphius.kernels.triton.e5m6 import CANDIDATES, TritonE5M6
 
-    for width in (16384, 1000):
-        q = TritonE5M6().encode(torch.empty(64, width, dtype=torch.bfloat16))
-        TritonE5M6().decode(q, width, torch.bfloat16)
+    for width, tried in ((16384, CANDIDATES), (1000, CANDIDATES[:1])):
+        for launch in tried:
+            q = TritonE5M6(launch).encode(torch.empty(64, width, dtype=torch.bfloat16))
+            TritonE5M6(launch).decode(q, width, torch.bfloat16)
+            TritonE5M6(launch).encode(torch.empty(64, width))
+            TritonE5M6(launch).decode(q, width)
+
+
+def norm() -> None:
+    """RMSNorm of the report's widths and of odd ones, in every way for the widest."""
+    from ziphius.kernels.triton import norm as kernels
+
+    def both(x_MD: torch.Tensor, forward: Any = None, backward: Any = None) -> None:
+        gain_D = torch.empty(x_MD.shape[1])
+        for power_of_two in (None, False, True):
+            root = kernels.norm_forward(x_MD, gain_D, 1e-6, power_of_two, forward)[2]
+        kernels.norm_backward_triton(x_MD, gain_D, root, x_MD, launch=backward)
+
+    for D, dtype in ((512, torch.bfloat16), (1536, torch.bfloat16), (700, torch.float32)):
+        both(torch.empty(4096, D, dtype=dtype))
+    widest = torch.empty(4096, 7168, dtype=torch.bfloat16)
+    for launch in kernels.CANDIDATES:
+        kernels.norm_forward(widest, torch.empty(7168), 1e-6, False, launch)
+    for launch in kernels.BACKWARD_CANDIDATES:
+        both(widest, None, launch)
+
+
+def permute() -> None:
+    """Rows and tiles to eight places and back."""
+    from ziphius.kernels.triton import permute as kernels
+    from ziphius.kernels.triton.groups import empty_tiles
+
+    u_ND, where_M = torch.empty(4096, 7168).bfloat16(), torch.empty(32768, dtype=torch.int64)
+    kernels.unpermute_triton(kernels.permute_triton(u_ND, where_M, where_M, 8), *[where_M] * 2, 8)
+    q = empty_tiles(u_ND.shape, u_ND.device)
+    for launch in kernels.TILES_CANDIDATES:
+        kernels.permute_tiles_triton(q, where_M, where_M, 8, launch=launch)
 
 
 def quantize() -> None:
@@ -176,16 +250,57 @@ def quantize() -> None:
     from ziphius.kernels.triton.quantize import CANDIDATES, TritonQuantize
 
     x_MC, counts_E = torch.empty(4096, 7168).bfloat16(), torch.zeros(256, dtype=torch.int64)
+    for power_of_two in (False, True):
+        how = {"power_of_two": power_of_two}
+        for counts in (None, counts_E):
+            tiles, _ = TritonQuantize().both(x_MC, counts, **how)
+            TritonQuantize().turn(x_MC, counts, **how)
+            TritonQuantize().regroup(tiles, counts, **how)
     for launch in CANDIDATES:
-        ours, first = TritonQuantize(launch), launch is CANDIDATES[0]
-        for power_of_two in (False, True) if first else (False,):
-            tiles = ours.tiles(x_MC, power_of_two=power_of_two)
-            for counts in (None, counts_E) if first else (counts_E,):
-                ours.turn(x_MC, counts, power_of_two=power_of_two)
-                ours.regroup(tiles, counts, power_of_two=power_of_two)
-                ours.both(x_MC, counts, power_of_two=power_of_two)
-            ours.blocks(torch.empty(2, 2048, 7168), power_of_two=power_of_two)
+        for power_of_two in (False, True) if launch is CANDIDATES[0] else (False,):
+            TritonQuantize(launch).tiles(x_MC, power_of_two=power_of_two)
+            TritonQuantize(launch).blocks(torch.empty(2, 2048, 7168), power_of_two=power_of_two)
     TritonQuantize().blocks(x_MC)
+
+
+RAGGED = ((1, 1), (5, 3), (200, 300), (64, 24), (100, 130), (64, 1), (64, 128))
+# How numbers are stored, and at how many of them rows begin.
+STORED = ((torch.bfloat16, 0), (torch.bfloat16, 4), (torch.float32, 0))
+
+
+def ragged_quantize() -> None:
+    """Every quantiser of matrices that are not whole squares, or do not lie at whole addresses."""
+    from ziphius.kernels.triton.quantize import TritonQuantize
+
+    ours, counts_E = TritonQuantize(), torch.zeros(7, dtype=torch.int64)
+    for rows, columns in RAGGED:
+        for dtype, begin in STORED:
+            x_MC = torch.empty(rows, columns + begin, dtype=dtype)[:, begin:]
+            for counts in (None, counts_E):
+                tiles, _ = ours.both(x_MC, counts)
+                if dtype == torch.float32:
+                    ours.regroup(tiles, counts)
+            ours.blocks(x_MC)
+
+
+def ragged_rows() -> None:
+    """SwiGLU, the norm and the permute of tiles, of the same matrices."""
+    from ziphius.kernels.triton.norm import norm_backward_triton, norm_forward
+    from ziphius.kernels.triton.permute import permute_tiles_triton
+    from ziphius.kernels.triton.swiglu_fp8 import TritonSwigluFp8
+
+    ours, counts_E = TritonSwigluFp8(), torch.zeros(7, dtype=torch.int64)
+    for rows, columns in RAGGED:
+        gates_M, where_M = torch.empty(rows), torch.empty(8 * rows, dtype=torch.int64)
+        for dtype, begin in STORED:
+            gate, up = torch.empty(rows, 2 * columns + begin, dtype=dtype)[:, begin:].chunk(2, 1)
+            _, *coded = ours.forward(gate, up, gates_M)
+            ours.backward(*coded, gates_M, gate, gate, up)
+            root = norm_forward(gate, torch.empty(columns), 1e-6, False)[2]
+            norm_backward_triton(gate, torch.empty(columns), root, up)
+        for gates, counts in ((gates_M, counts_E), (None, None)):
+            ours.turned(*coded, gates, counts)
+        permute_tiles_triton(coded[0], where_M, where_M, 8)
 
 
 def swiglu() -> None:
@@ -204,21 +319,25 @@ def swiglu() -> None:
 
 def loss() -> None:
     """Cross entropy over the published vocabulary, and over one whose rows are not aligned."""
-    from ziphius.kernels.triton.loss import cross_entropy_rows_triton
+    from ziphius.kernels.triton.loss import LAUNCHES, cross_entropy_rows_triton
 
-    for V, dtype in ((129280, torch.bfloat16), (129280, torch.float32), (50257, torch.bfloat16)):
-        logits_nV, targets_n = torch.empty(2, V, dtype=dtype), torch.zeros(2, dtype=torch.int64)
-        cross_entropy_rows_triton(logits_nV, targets_n)
+    targets_n = torch.zeros(2, dtype=torch.int64)
+    for launch in LAUNCHES:
+        logits_nV = torch.empty(2, 129280, dtype=torch.bfloat16)
+        cross_entropy_rows_triton(logits_nV, targets_n, launch=launch)
+    for V, dtype in ((129280, torch.float32), (50257, torch.bfloat16)):
+        cross_entropy_rows_triton(torch.empty(2, V, dtype=dtype), targets_n)
 
 
 def route() -> None:
-    """The router of the published model, forward and backward."""
+    """The router of the published model, forward and backward, and those of small ones."""
     from ziphius.kernels.triton.route import route_triton
 
-    logits_NE = torch.empty(4096, 256, requires_grad=True)
-    rule = {"top_k": 8, "n_group": 8, "topk_group": 4, "normalise": True, "scale": 2.5}
-    _, weights_NK, scores_NE = route_triton(logits_NE, torch.empty(256), **rule)
-    (weights_NK.sum() + scores_NE.sum()).backward()
+    for E, groups, kept, top_k in ((256, 8, 4, 8), (64, 1, 1, 6), (16, 4, 2, 4), (12, 3, 1, 1)):
+        logits_NE = torch.empty(4096, E, requires_grad=True)
+        rule = {"top_k": top_k, "n_group": groups, "topk_group": kept, "normalise": True}
+        _, weights_NK, scores_NE = route_triton(logits_NE, torch.empty(E), **rule, scale=2.5)
+        (weights_NK.sum() + scores_NE.sum()).backward()
 
 
 def expand() -> None:
@@ -280,7 +399,11 @@ CALLS: dict[str, Callable[[], None]] = {
     "grouped_cuts": grouped_cuts,
     "latent": latent,
     "loss": loss,
+    "norm": norm,
+    "permute": permute,
     "quantize": quantize,
+    "ragged_quantize": ragged_quantize,
+    "ragged_rows": ragged_rows,
     "route": route,
     "swiglu": swiglu,
 }

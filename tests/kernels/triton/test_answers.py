@@ -131,7 +131,9 @@ def test_logits_are_those_of_the_plain_kernels(
         assert (got - plain).abs().max() <= BOUND.get(form, 1e-4) * plain.std()
     stores = {"bf16": StackedExperts, "fp8": Fp8Experts}
     assert isinstance(ours.layers[1].mlp.experts.store, stores.get(form, StoredExperts))
-    assert set(SERVED[form]) - launched <= LONG
+    # In FP32, and interpreted, attention is plain Triton's.
+    meant = {*SERVED[form], "attend_kernel"} - {"hopper_attend_kernel"}
+    assert meant - launched <= LONG
 
 
 def answers(model: Transformer, **options: Any) -> list[tuple[int, ...]]:

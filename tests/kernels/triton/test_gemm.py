@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +12,12 @@ from hypothesis import strategies as st
 
 from tests.kernels.triton.conftest import ON_GPU
 from tests.kernels.triton.products import close, exact, on
+from ziphius import kernels
 from ziphius.kernels.gemm import gemm_reference
 from ziphius.kernels.quantize import Fp8, quantize_blocks, quantize_tiles
-from ziphius.kernels.triton.gemm import CANDIDATES, best_large, config, gemm_triton
+from ziphius.kernels.select import STAYING, triton_kernels
+from ziphius.kernels.triton import gemm, grouped_gemm
+from ziphius.kernels.triton.gemm import CANDIDATES, PAIRS, best_large, config, gemm_triton
 from ziphius.kernels.triton.product import Config
 
 QUANTIZERS = {"blocks": quantize_blocks, "tiles": quantize_tiles}
@@ -53,6 +59,21 @@ def test_every_candidate(chosen: Config, form: str, device: torch.device) -> Non
     out = gemm_triton(a, b, torch.float32, config=chosen)
     assert close(out, exact(a, b))
     assert torch.equal(out, gemm_triton(a, b, torch.float32, config=chosen))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="no Gluon there")
+@pytest.mark.parametrize("form", sorted(QUANTIZERS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+# Whole tiles; rounds and a nearly empty one, with rows that the copy engine can store and cannot.
+@pytest.mark.parametrize("shape", [(1000, 600, 4112), (4096, 2112, 7168), (4100, 2117, 4112)])
+def test_pairs_in_any_round(
+    shape: tuple[int, int, int], dtype: torch.dtype, form: str, device: torch.device
+) -> None:
+    a, b = (on(device, q) for q in operands(*shape, form))
+    out = gemm_triton(a, b, dtype, config=PAIRS)
+    assert close(out, exact(a, b))
+    # Pieces of a tile are always added up in the same order.
+    assert torch.equal(gemm_triton(a, b, dtype, config=PAIRS), out)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter cuts BF16 off")
@@ -98,6 +119,51 @@ def test_choice_is_by_shape() -> None:
     assert config(64, 24576, 1536).splits == 1
     assert config(256, 2112, 7168).engine == "plain"
     assert config(256, 7168, 2048).engine != "plain"
-    # 132 programs take three rounds of tiles of 192 rows, and five of those of 128, which are less
-    # than three fifths of the work.
-    assert best_large(4096, 2112).block_m == 192
+    # 132 programs take three rounds of tiles of 192 rows. Of those of 128 they take four, and the
+    # 16 tiles that are left are cut along K.
+    assert best_large(4096, 2112, 7168) == PAIRS
+    # Where K is too short for that, one round of the larger ones is done before two.
+    assert best_large(4096, 640, 1536).block_m == 192
+    assert best_large(4096, 640, 1536, matrices=2) == PAIRS
+
+
+@pytest.mark.parametrize("engine", ["hopper", "pairs"])
+def test_programs_that_stay_leave_room_for_communication(
+    monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """``parallel.comm_sms`` of 132 multiprocessors, in each of the four products."""
+    told: list[int] = []
+    name = {"hopper": "hopper", "pairs": "hopper_pairs"}[engine]
+    stub = SimpleNamespace(launch=lambda *_, row_tiles, programs: told.append(programs))
+    monkeypatch.setitem(sys.modules, f"ziphius.kernels.triton.{name}", stub)
+    monkeypatch.setattr(kernels.triton, name, stub, raising=False)
+    machine = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: machine)
+    for module in (gemm, grouped_gemm):
+        monkeypatch.setattr(module, "available", lambda chosen, a, b: chosen)
+    chosen = next(c for c in CANDIDATES if c.engine == engine)
+    a, b = operands(256, 128, 256, "blocks")
+    stack = Fp8(b.codes[None], b.scales[None], b.rows)
+    counts = torch.tensor([256])
+    by_rows = Fp8(a.codes[None], a.scales[None], a.rows)
+    calls = {
+        "gemm": (a, b), "grouped_gemm": (a, stack, counts), "masked_gemm": (by_rows, stack, counts),
+        "along_k": (a, a, counts),
+    }  # fmt: skip
+    assert set(calls) == STAYING
+    for spared in (0, 20, 200):
+        for op, operands_ in calls.items():
+            triton_kernels(spared).function(op)(*operands_, torch.float32, config=chosen)
+    assert told == [132] * 4 + [112] * 4 + [1] * 4
+
+
+@pytest.mark.skipif(not ON_GPU, reason="no Gluon there")
+@pytest.mark.parametrize("engine", ["hopper", "pairs"])
+def test_fewer_programs_compute_the_same(engine: str, device: torch.device) -> None:
+    chosen = next(c for c in CANDIDATES if c.engine == engine)
+    for shape in ((1000, 600, 4112), (4096, 2112, 7168)):
+        a, b = (on(device, q) for q in operands(*shape, "blocks"))
+        for spared in (0, 20, 131):
+            assert close(
+                gemm_triton(a, b, torch.float32, config=chosen, spared=spared), exact(a, b)
+            )

@@ -29,7 +29,7 @@ SPANS = st.lists(st.tuples(STARTS, st.integers(1, 5)), min_size=1, max_size=3).m
 # Both orders of the product, whatever is chosen by the number of rows.
 KEYS_FIRST = Launch(16, 4, 2, 264, True)
 ROWS_FIRST = Launch(16, 4, 2, 264, False)
-ORDERS = [Launches(KEYS_FIRST, KEYS_FIRST), Launches(ROWS_FIRST, ROWS_FIRST), None]
+ORDERS = [*(Launches(order, order) for order in (KEYS_FIRST, ROWS_FIRST)), None]
 
 
 def on(cache: LatentPages, device: torch.device) -> LatentPages:

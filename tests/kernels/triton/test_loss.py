@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.kernels.triton.conftest import ON_GPU
 from tests.kernels.triton.near import assert_near
 from ziphius.kernels.loss import IGNORED, linear_cross_entropy
-from ziphius.kernels.triton.loss import cross_entropy_rows_triton
+from ziphius.kernels.triton.loss import Launch, cross_entropy_rows_triton
 
 
 def expected(logits_nV: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,10 +34,11 @@ def check_gradient(found_nV: Tensor, exact_nV: Tensor) -> None:
     st.integers(1, 5),
     st.sampled_from([1, 2, 7, 64, 100, 257]),
     st.sampled_from([32, 64, 8192]),
+    st.integers(0, 3),
     st.integers(0, 10**6),
 )
 def test_loss_and_gradient(
-    device: torch.device, storage: torch.dtype, n: int, V: int, columns: int, seed: int
+    device: torch.device, storage: torch.dtype, n: int, V: int, columns: int, kept: int, seed: int
 ) -> None:
     """Rows of any width, some ignored."""
     torch.manual_seed(seed)
@@ -45,7 +46,7 @@ def test_loss_and_gradient(
     targets_n = torch.randint(0, V, (n,), device=device)
     targets_n[torch.rand(n, device=device) < 0.3] = IGNORED
     loss, gradient_nV = expected(logits_nV, targets_n)
-    found = cross_entropy_rows_triton(logits_nV, targets_n, launch=(columns, 4, 3))
+    found = cross_entropy_rows_triton(logits_nV, targets_n, launch=Launch(columns, 4, 3, kept))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.cpu().double(), loss, rtol=1e-5, atol=1e-5)
     check_gradient(logits_nV, gradient_nV)

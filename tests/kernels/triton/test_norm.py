@@ -62,16 +62,15 @@ def test_gradients(M: int, D: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("shares", [1, 3])
-def test_few_programs_sum_many_rows(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norm_kernels, "SHARES", shares)
-    monkeypatch.setattr(norm_kernels, "NUMBERS", 512)
+def test_few_programs_sum_many_rows(shares: int) -> None:
+    launch = norm_kernels.BackwardLaunch(1, 4, shares)
     x, weight, dout = layer(50, 130, 1)
     inverse_root = norm_tiles_triton(x, weight, EPS)[2]
-    results = norm_backward_triton(x, weight, inverse_root, dout)
+    results = norm_backward_triton(x, weight, inverse_root, dout, launch=launch)
     arguments = (on_cpu(t).double() for t in (x, weight, inverse_root, dout))
     for result, exact in zip(results, norm.norm_backward_reference(*arguments), strict=True):
         assert distance(result, exact) < CLOSE * 4
-    again = norm_backward_triton(x, weight, inverse_root, dout)
+    again = norm_backward_triton(x, weight, inverse_root, dout, launch=launch)
     assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
 
 

@@ -13,6 +13,7 @@ from ziphius.kernels.permute import permute, permute_tiles, unpermute
 from ziphius.kernels.quantize import Fp8, quantize_tiles
 from ziphius.kernels.triton import permute as permute_kernels
 from ziphius.kernels.triton.permute import (
+    TilesLaunch,
     permute_tiles_triton,
     permute_triton,
     sort_by_slot_triton,
@@ -64,7 +65,7 @@ def test_no_tokens() -> None:
     assert permute_triton(u_ND, order_M, inverse_M, 2).shape == (0, 7)
     assert unpermute_triton(u_ND, order_M, inverse_M, 2).shape == (0, 7)
     q = quantize_tiles(u_ND)
-    assert permute_tiles_triton(q, order_M, 2).scales.shape == (0, 1)
+    assert permute_tiles_triton(q, order_M, inverse_M, 2).scales.shape == (0, 1)
 
 
 @pytest.mark.parametrize("scan", [2, permute_kernels.SCAN])
@@ -93,12 +94,19 @@ def test_moved_and_summed(N: int, K: int, D: int, seed: int) -> None:
 
 
 @few
-@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 2500), seeds)
-def test_tiles_moved(N: int, K: int, D: int, seed: int) -> None:
-    order_M, _ = sorted_pairs(N, K, seed)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 8),
+    st.integers(1, 2500),
+    st.sampled_from(permute_kernels.TILES_CANDIDATES),
+    seeds,
+)
+def test_tiles_moved(N: int, K: int, D: int, launch: TilesLaunch, seed: int) -> None:
+    where = *sorted_pairs(N, K, seed), K
     q = quantize_tiles(torch.randn(N, D))
-    moved = permute_tiles_triton(Fp8(q.codes.to(DEVICE), q.scales.to(DEVICE)), order_M, K)
-    assert_same(moved, permute_tiles(q, on_cpu(order_M), K))
+    there = Fp8(q.codes.to(DEVICE), q.scales.to(DEVICE))
+    moved = permute_tiles_triton(there, *where, launch=launch)
+    assert_same(moved, permute_tiles(q, on_cpu(where[0]), on_cpu(where[1]), K))
 
 
 def test_each_is_the_others_backward() -> None:

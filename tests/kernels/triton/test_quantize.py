@@ -105,6 +105,19 @@ def test_blocks_and_their_transpose(
         assert_same(result, wanted)
 
 
+@few
+@given(st.integers(1, 70), st.integers(1, 150), st.floats(30, 38.4), st.booleans(), seeds)
+def test_the_largest_there_are(M: int, C: int, power: float, power_of_two: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.rand(M, C, generator=generator) * 2 - 1) * 10**power
+    x = x.to(STORAGE).to(DEVICE)
+    for name in ("both", "blocks"):
+        results = getattr(ours, name)(x, power_of_two=power_of_two)
+        expected = getattr(reference, name)(on_cpu(x), power_of_two=power_of_two)
+        for result, wanted in zip(results, expected, strict=True):
+            assert_same(result, wanted)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("power_of_two", [False, True])
@@ -157,13 +170,10 @@ def test_no_rows(counts: list[int] | None) -> None:
 
 @pytest.mark.parametrize("launch", CANDIDATES)
 def test_every_candidate_of_a_launch(launch: Launch) -> None:
-    x, counts_E = numbers(150, 140, seed=7), segments(150, 3, 7)
-    candidate = TritonQuantize(launch)
+    x, candidate = numbers(150, 140, seed=7), TritonQuantize(launch)
     assert_same(candidate.tiles(x), reference.tiles(on_cpu(x)))
-    expected = reference.turn(on_cpu(x), on_cpu(counts_E))
-    assert_same(candidate.turn(x, counts_E), expected)
-    assert_same(candidate.both(x, counts_E)[1], expected)
-    assert_same(candidate.blocks(x)[0], reference.blocks(on_cpu(x))[0])
+    for result, wanted in zip(candidate.blocks(x), reference.blocks(on_cpu(x)), strict=True):
+        assert_same(result, wanted)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter is too slow for layers of real sizes")
