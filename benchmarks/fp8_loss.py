@@ -36,6 +36,11 @@ from ziphius.training.watch import Watch
 SMOOTHING = 0.9
 SETTLED = 20  # steps until the average of the first losses has lost its beginning
 BOUND = 0.0025
+CALM = (
+    "pretrain.batch_size=32",
+    "pretrain.micro_batch_size=32",
+    "pretrain.learning_rate=1e-3",
+)
 RUNS: dict[str, list[str]] = {
     "bfloat16": ["precision.compute=bfloat16"],
     "fp8": ["precision.compute=fp8"],
@@ -121,14 +126,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", nargs="?", default="tiny")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--as-preset", action="store_true", help="the recipe's batch and rate")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE")
     parser.add_argument("--runs", default=",".join(RUNS), help="names, comma-separated by ';' too")
     parser.add_argument("--plot", type=Path, metavar="FOLDER")
     parser.add_argument("--record", action="store_true", help="keep the figures in results/")
     arguments = parser.parse_args()
     # The schedule stays that of the preset: only its beginning is run.
+    changes = [*(() if arguments.as_preset else CALM), *arguments.set]
     recipes = {
-        name: resolve(load_recipe(arguments.recipe, [*settings, *arguments.set]))
+        name: resolve(load_recipe(arguments.recipe, [*settings, *changes]))
         for name, settings in RUNS.items()
         if name in arguments.runs
     }
@@ -151,10 +158,12 @@ def main() -> None:
         shares = (f"{100 * row[key]:+.3f} %" for key in ("largest", "mean", "last"))
         table.add_row(name, f"{row['final_loss']:.4f}", *shares)
     Console().print(table)
+    name = "fp8_loss_as_preset" if arguments.as_preset else "fp8_loss"
     if arguments.plot:
-        draw(losses, arguments.plot / "fp8_loss.png")
+        draw(losses, arguments.plot / f"{name}.png")
     figures = {
         "recipe": arguments.recipe,
+        "changes": changes,
         "steps": arguments.steps,
         "bound": BOUND,
         "smoothing": SMOOTHING,
@@ -162,9 +171,9 @@ def main() -> None:
         "runs": compared,
         "losses": {name: [round(loss, 5) for loss in values] for name, values in losses.items()},
     }
-    report("fp8_loss", figures, record=arguments.record)
+    report(name, figures, record=arguments.record)
     if arguments.plot:
-        print(json.dumps({"picture": "fp8_loss.png"}))
+        print(json.dumps({"picture": f"{name}.png"}))
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def compare(job: Job, names: Sequence[str], ends: float, rounds: int) -> dict[st
             # A fast start leaves its time to the others; a slow one leaves them most.
             one = partial(_ask, running, found, name, ends)
             one(None, "built", share=0.5)
-            one({"do": "search"}, "ready", share=0.35)
+            one({"do": "search"}, "ready", share=0.5)
             one({"do": "losses", "with": {"steps": LOSSES}}, "losses", share=0.5)
         took, turns = 0.0, 0
         while running and turns < rounds and time.monotonic() + took < ends:

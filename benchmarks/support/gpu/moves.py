@@ -97,10 +97,10 @@ def _permute_tiles(place: Place, N: int, sizes: Sizes) -> Entry:
     def ours(x: Sorted) -> Fp8:
         from ziphius.kernels.triton.permute import permute_tiles_triton
 
-        return permute_tiles_triton(x.rows, x.order_M, TOP_K)
+        return permute_tiles_triton(*x, TOP_K)
 
     def plain(x: Sorted) -> Fp8:
-        return permute.permute_tiles(x.rows, x.order_M, TOP_K)
+        return permute.permute_tiles(*x, TOP_K)
 
     return Entry(
         section="permute",
@@ -272,9 +272,9 @@ def losses(place: Place, sizes: Sizes) -> list[Entry]:
         return over_chunks(cross_entropy_rows_triton, x)
 
     def candidates() -> Sequence[Version]:
-        from ziphius.kernels.triton.loss import LAUNCHES, cross_entropy_rows_triton
+        from ziphius.kernels.triton.loss import LAUNCHES, Launch, cross_entropy_rows_triton
 
-        def launched(launch: tuple[int, int, int]) -> Version:
+        def launched(launch: Launch) -> Version:
             rows = partial(cross_entropy_rows_triton, launch=launch)
             return Version(f"{OURS} {launch}", lambda x: over_chunks(rows, x))
 

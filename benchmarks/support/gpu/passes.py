@@ -124,9 +124,7 @@ def _turned(place: Place, M: int, sizes: Sizes) -> Entry:
         hidden_MF = F.silu(gate_MF) * up_MF * x.gates_M.double().unsqueeze(-1)
         return values(quantize.turn(hidden_MF, x.counts_E))
 
-    ours, plain, candidates = versions(
-        lambda s, x: s.turned(*x), _swiglus, swiglu_fp8.TorchSwigluFp8
-    )
+    ours, plain, _ = versions(lambda s, x: s.turned(*x), _swiglus, swiglu_fp8.TorchSwigluFp8)
     return Entry(
         section="swiglu",
         name=f"turned again {M} x {F_}, {sizes.experts} segments",
@@ -134,7 +132,6 @@ def _turned(place: Place, M: int, sizes: Sizes) -> Entry:
         reference=reference,
         ours=ours,
         plain=plain,
-        candidates=candidates,
         answer=lambda x, result: values(result),
         nbytes=2 * in_tiles(M, F_) + in_tiles(F_, width) + 4.0 * M,
         bound=bound_of(place),

@@ -132,7 +132,7 @@ def _segments(place: Place, generator: Generator, M: int, sizes: Sizes) -> Segme
 
 def _both(place: Place, M: int, sizes: Sizes) -> Entry:
     C, width = sizes.width, turned_width(M, sizes.experts)
-    ours, plain, candidates = versions(lambda q, x: q.both(*x), _ours, TorchQuantize)
+    ours, plain, _ = versions(lambda q, x: q.both(*x), _ours, TorchQuantize)
     return Entry(
         section="quantize",
         name=f"tiles and turned {M} x {C}, {sizes.experts} segments",
@@ -140,7 +140,6 @@ def _both(place: Place, M: int, sizes: Sizes) -> Entry:
         reference=lambda x: parts(quantize.quantize_tiles(x.x_MC), quantize.turn(*x)),
         ours=ours,
         plain=plain,
-        candidates=candidates,
         answer=lambda x, result: parts(*result),
         nbytes=M * C * place.storage.itemsize + in_tiles(M, C) + in_tiles(C, width),
         goal=(COPY, 0.8),
@@ -149,7 +148,7 @@ def _both(place: Place, M: int, sizes: Sizes) -> Entry:
 
 def _turn(place: Place, M: int, sizes: Sizes) -> Entry:
     C, width = sizes.width, turned_width(M, sizes.experts)
-    ours, plain, candidates = versions(lambda q, x: q.turn(*x), _ours, TorchQuantize)
+    ours, plain, _ = versions(lambda q, x: q.turn(*x), _ours, TorchQuantize)
     return Entry(
         section="quantize",
         name=f"turned {M} x {C}, {sizes.experts} segments",
@@ -157,7 +156,6 @@ def _turn(place: Place, M: int, sizes: Sizes) -> Entry:
         reference=lambda x: parts(quantize.turn(*x)),
         ours=ours,
         plain=plain,
-        candidates=candidates,
         answer=lambda x, result: parts(result),
         nbytes=M * C * place.storage.itemsize + in_tiles(C, width),
         goal=(COPY, 0.8),
@@ -178,7 +176,7 @@ def _regroup(place: Place, M: int, sizes: Sizes) -> Entry:
         x = _segments(place, generator, M, sizes)
         return CodedSegments(quantize.quantize_tiles(x.x_MC), x.counts_E)
 
-    ours, plain, candidates = versions(lambda q, x: q.regroup(*x), _ours, TorchQuantize)
+    ours, plain, _ = versions(lambda q, x: q.regroup(*x), _ours, TorchQuantize)
     return Entry(
         section="quantize",
         name=f"regroup {M} x {C}, {sizes.experts} segments",
@@ -186,7 +184,6 @@ def _regroup(place: Place, M: int, sizes: Sizes) -> Entry:
         reference=lambda x: parts(quantize.regroup(*x)),
         ours=ours,
         plain=plain,
-        candidates=candidates,
         answer=lambda x, result: parts(result),
         nbytes=in_tiles(M, C) + in_tiles(C, width),
         goal=(COPY, 0.8),

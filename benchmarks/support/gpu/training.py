@@ -112,6 +112,7 @@ class Theirs:
         self.batch = job.batch_of(self.recipe)
         self.experts = EXPERTS[0]
         self.model: Any = None
+        self.optimizer: Any = None
 
     def about(self) -> dict[str, Any]:
         """Return the choices that were made."""
@@ -129,31 +130,46 @@ class Theirs:
     def search(self, rounds: int, timed: Callable[[Step], float]) -> dict[str, Any]:
         """Find the fastest way to run the experts, in seconds a step; begin anew with it."""
         found: dict[str, Any] = {}
+        self.build()
         for experts in EXPERTS:
             try:
-                self.build(experts)
-                self.step()
-                found[experts] = min(timed(self.step) for _ in range(rounds))
+                found[experts] = self._seconds(experts, rounds, timed, found)
             except (RuntimeError, ValueError, NotImplementedError, torch.OutOfMemoryError) as error:
                 found[experts] = f"{type(error).__name__}: {error}"[:300]
-            self.drop()
         usable = {k: v for k, v in found.items() if isinstance(v, float)}
         if not usable:
             raise RuntimeError(f"transformers makes no step: {found}")
         self.experts = min(usable, key=lambda k: usable[k])
-        self.build(self.experts)
+        self.begin()
         return found
 
-    def build(self, experts: str) -> None:
-        """Make the model, from the weights that ours begins with."""
+    def _seconds(
+        self, experts: str, rounds: int, timed: Callable[[Step], float], others: Mapping[str, Any]
+    ) -> float:
+        """Time some steps, one alone where another way took less than half of it."""
+        self.experts = experts
+        self.begin()
+        self.step()
+        least = timed(self.step)
+        if any(isinstance(other, float) and 2 * other < least for other in others.values()):
+            return least
+        return min(least, *(timed(self.step) for _ in range(rounds - 1)))
+
+    def build(self) -> None:
+        """Make the model."""
         import transformers
 
         dtype = torch.float32 if self.master else torch.bfloat16
-        raw = config_json(self.recipe.model, dtype=dtype)
-        config = transformers.DeepseekV3Config(**raw)
-        config._attn_implementation, config._experts_implementation = "sdpa", experts
+        config = transformers.DeepseekV3Config(**config_json(self.recipe.model, dtype=dtype))
+        config._attn_implementation = "sdpa"
         with torch.device(self.job.device):
             self.model = transformers.DeepseekV3ForCausalLM(config).to(dtype).train()
+
+    def begin(self) -> None:
+        """Take the weights that ours begins with, and a new optimizer."""
+        self.optimizer = None  # its moments, before there are others
+        self.model.config._experts_implementation = self.experts
+        self.model.zero_grad(set_to_none=True)
         fill(self.model, self.first)
         c = self.recipe.pretrain
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
@@ -166,12 +182,6 @@ class Theirs:
             weight_decay=c.weight_decay,
             fused=True,
         )
-
-    def drop(self) -> None:
-        """Forget the model, so that another fits."""
-        self.model = self.optimizer = None  # type: ignore[assignment]
-        if self.job.device != "cpu":
-            torch.cuda.empty_cache()
 
     def step(self) -> float:
         """Make a step; return its loss."""
