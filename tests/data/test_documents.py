@@ -11,8 +11,8 @@ from ziphius.data.documents import Document, digest_of_texts, name_hash, package
 
 
 def test_package_is_the_first_folder_or_the_module() -> None:
-    names = ["email/mime/base.py", "enum.py", "v1.2/notes.md", ".hidden"]
-    assert [package_of(name) for name in names] == ["email", "enum", "v1.2", ".hidden"]
+    names = ["email/mime/base.py", "enum.py", "v1.2/notes.md", ".hidden", ""]
+    assert [package_of(name) for name in names] == ["email", "enum", "v1.2", ".hidden", ""]
     assert [Document(name, "").package for name in names] == [package_of(name) for name in names]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,10 +77,16 @@ def _response(asked: Asked, output: CompletionOutput) -> Response:
 
 
 class EndpointTeacher:
-    """A model behind any OpenAI-compatible server. What does not come in time is no try."""
+    """A model behind any OpenAI-compatible server, sampled as ``config`` says.
+
+    What does not come in time is no try.
+    """
 
     def __init__(self, endpoint: Endpoint, config: DistillConfig) -> None:
-        self.client, self.tries = Client(endpoint), config.tries
+        self.endpoint = replace(
+            endpoint, temperature=config.temperature, max_tokens=config.max_tokens
+        )
+        self.tries = config.tries
         self.about = {"endpoint": endpoint.url, "model": endpoint.model}
         self.answered, self.failed, self.last_problem = 0, 0, ""
 
@@ -98,7 +105,8 @@ class EndpointTeacher:
             for problem, seed in zip(problems, seeds, strict=True)
             for number in range(self.tries)
         ]
-        said = self.client.ask(asked)
+        with Client(self.endpoint) as client:
+            said = client.ask(asked)
         answers = [
             [
                 self._read(problem, one)
@@ -108,9 +116,7 @@ class EndpointTeacher:
             for first, problem in zip(range(0, len(said), self.tries), problems, strict=True)
         ]
         if not self.answered:
-            raise ZiphiusError(
-                f"teacher {self.client.endpoint.url}: no answer: {self.last_problem}"
-            )
+            raise ZiphiusError(f"teacher {self.endpoint.url}: no answer: {self.last_problem}")
         return answers
 
     def _came(self, one: Said) -> bool:

@@ -107,10 +107,7 @@ def _teacher(name: str, model: str, key_file: Path | None, recipe: Recipe) -> Te
                 key = key_file.read_text("utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise BadInput(f"--key-file {key_file}: cannot be read: {error}") from None
-        endpoint = Endpoint(
-            name, model, key, temperature=config.temperature, max_tokens=config.max_tokens
-        )
-        return EndpointTeacher(endpoint, config)
+        return EndpointTeacher(Endpoint(name, model, key), config)
     if Path(name).is_file():
         return FileTeacher(Path(name))
     return CheckpointTeacher(Path(name), config, recipe.run)

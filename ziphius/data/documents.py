@@ -47,8 +47,8 @@ class Document:
 
 def package_of(name: str) -> str:
     """Return the first folder of a document's name, or the name itself without its suffix."""
-    first, *rest = PurePosixPath(name).parts
-    return first if rest else PurePosixPath(first).stem
+    path = PurePosixPath(name)
+    return path.parts[0] if len(path.parts) > 1 else path.stem
 
 
 def name_hash(name: str) -> int:

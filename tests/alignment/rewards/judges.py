@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -37,18 +37,16 @@ def fake_judge(decide: Decide) -> Iterator[FakeJudge]:
                 fake.headers.append(dict(self.headers))
                 fake.under_way += 1
                 fake.most = max(fake.most, fake.under_way)
-            try:
-                self._answer(decide(body))
-            except OSError:  # the caller did not wait
-                pass
-            finally:
-                with fake.lock:
-                    fake.under_way -= 1
-
-        def _answer(self, said: str | int | float | bytes) -> None:
+            said = decide(body)
             if isinstance(said, float):
                 time.sleep(said)
                 said = "[[A]]"
+            with fake.lock:  # before the caller has its answer and sends the next question
+                fake.under_way -= 1
+            with suppress(OSError):  # the caller did not wait
+                self._answer(said)
+
+        def _answer(self, said: str | int | bytes) -> None:
             status, data = 200, b""
             if isinstance(said, int):
                 status, data = said, b"refused: the key was " + repr(self.headers).encode()

@@ -174,7 +174,7 @@ def test_a_judge_that_fails_abstains_and_says_why(decide: Decide, words: str) ->
             judge.grade("q", "a")
         assert words in str(info.value)
         assert "\n" not in str(info.value)
-        assert KEY not in str(info.value) + repr(judge._endpoint) + judge.last_problem
+        assert KEY not in str(info.value) + repr(judge._client.endpoint) + judge.last_problem
         assert judge.abstained == 4
 
 

@@ -15,6 +15,7 @@ from ziphius.alignment.rewards.reward import Response
 from ziphius.alignment.rewards.verdicts import (
     Choice,
     Message,
+    Verdict,
     grade_messages,
     majority,
     pair_messages,
@@ -48,11 +49,13 @@ class Judge:
         """Return which of two answers is better, by the majority of the votes that were cast."""
         swaps = [swapped(self._seed, n, question, first, second) for n in range(self._votes)]
         pairs = [(second, first) if swap else (first, second) for swap in swaps]
-        votes = self._cast(
-            [pair_messages(question, *pair, self._constitution) for pair in pairs],
-            lambda text, number: read_choice(text, swap=swaps[number]),
-        )
-        return Choice(majority(tuple(votes)), tuple(votes))
+
+        def read(text: str, number: int) -> Verdict | None:
+            return read_choice(text, swap=swaps[number])
+
+        asked = [pair_messages(question, *pair, self._constitution) for pair in pairs]
+        votes: tuple[Verdict | None, ...] = tuple(self._cast(asked, read))
+        return Choice(majority(votes), votes)
 
     def grade(self, question: str, answer: str) -> float:
         """Return an answer's grade from 0 to 1, the mean of the votes.
