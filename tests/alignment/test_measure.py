@@ -56,6 +56,7 @@ class Knowing:
 
     def generate(self, prompts: list[Any], params: Any, on_progress: Any = None) -> list[Any]:
         self.seen += prompts
+        self.seeds = [one.seed for one in params]
         return [
             SimpleNamespace(outputs=[self._output(n, prompt)]) for n, prompt in enumerate(prompts)
         ]
@@ -84,6 +85,7 @@ def test_right_answers_are_counted_by_task(tokenizer: Tokenizer) -> None:
     assert [sample["task"] for sample in found.samples] == ["sums", "gcd"]
     assert found.samples[0]["response"].startswith("<think>so</think>")
     assert len({tuple(p["prompt_token_ids"]) for p in model.seen}) == 12
+    assert len(set(model.seeds)) == 12  # or one draw would choose every answer's first word
 
 
 def test_too_few_problems_are_refused(tokenizer: Tokenizer) -> None:

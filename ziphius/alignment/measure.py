@@ -63,7 +63,11 @@ def measure(
     No training draw has them. Raises BadInput where a task has fewer.
     """
     asked = [prompter.ask(problem) for problem in heldout_problems(tasks, problems)]
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=_SEED)
+    # A seed of its own for each: the same noise would choose the same first word for all.
+    params = [
+        SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=_SEED + place)
+        for place in range(len(asked))
+    ]
     prompts = [{"prompt_token_ids": list(one.prompt)} for one in asked]
     outputs = [r.outputs[0] for r in llm.generate(prompts, params, on_progress=on_progress)]
     responses = [
