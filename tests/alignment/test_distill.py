@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.alignment.support import make_start, run_later
-from tests.training.support import metrics
+from tests.training.support import assert_same_run, breaking_off, metrics
 from ziphius.alignment.distill import DivergenceOfRows
 from ziphius.config.errors import BadInput
 from ziphius.kernels.loss import linear_cross_entropy
@@ -106,8 +106,28 @@ def test_thoughts_need_a_teacher_of_the_same_words(
     )
     with pytest.raises(BadInput, match="vocabulary of 320"):
         distilled(words, start, records, tmp_path / "b", "distill.kl_weight=0.5", teacher=other)
+    text = tmp_path / "text"
+    text.mkdir()
+    for number, file in enumerate(sorted(words.rglob("*.py"))):
+        told = file.read_text("utf-8").replace("return x", "yield quartz")
+        (text / f"{number}.py").write_text(told, "utf-8")
+    other = make_start(text, tmp_path / "words")
+    with pytest.raises(BadInput, match="tokens are not the student's"):
+        distilled(words, start, records, tmp_path / "c", "distill.kl_weight=0.5", teacher=other)
 
 
 def test_no_records_are_refused(words: Path, start: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="ziphius reject"):
         distilled(words, start, Path(), tmp_path / "run", "distill.source=")
+
+
+def test_broken_off_and_resumed_it_ends_as_if_nothing_had_happened(
+    words: Path, start: Path, records: Path, tmp_path: Path
+) -> None:
+    settings = ("distill.kl_weight=0.5", "distill.steps=6", "run.checkpoint_every=2")
+    distilled(words, start, records, tmp_path / "whole", *settings, teacher=start)
+    how: dict[str, Any] = {"teacher": start}
+    with breaking_off(3) as watch:
+        distilled(words, start, records, tmp_path / "broken", *settings, **how, watch=watch)
+    distilled(words, start, records, tmp_path / "broken", *settings, **how, resume=True)
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -75,10 +76,28 @@ def test_a_large_weight_of_the_reference_keeps_the_policy_near(
 def test_the_reference_may_follow_the_policy(words: Path, start: Path, tmp_path: Path) -> None:
     """Renewed before every rollout it is where the policy begins: no distance at first."""
     settings = ("grpo.steps=4", "grpo.updates=1", "grpo.learning_rate=0.01")
-    reinforce(words, start, tmp_path / "run", *settings, "grpo.reference_every=1")
+    reinforce(
+        words, start, tmp_path / "run", *settings, "grpo.reference_every=1", "grpo.kl_weight=0.001"
+    )
     assert max(record["kl"] for record in metrics(tmp_path / "run")) < 1e-9
-    reinforce(words, start, tmp_path / "still", *settings)
+    reinforce(words, start, tmp_path / "still", *settings, "grpo.kl_weight=0.001")
     assert metrics(tmp_path / "still")[-1]["kl"] > 1e-6
+
+
+def test_who_chooses_by_himself_does_not_say_that_nothing_differs(
+    words: Path, start: Path, tmp_path: Path
+) -> None:
+    reinforce(words, start, tmp_path / "run", "grpo.replay=false", "grpo.steps=2")
+    assert [record["experts_differ"] for record in metrics(tmp_path / "run")] == [None, None]
+
+
+def test_speed_is_of_the_rows_that_are_learned_without_the_time_of_answering(whole: Path) -> None:
+    first, *_ = (whole / "metrics.jsonl").read_text("utf-8").splitlines()
+    line = json.loads(first)
+    rows = line["tokens_per_s"] * (line["seconds"] - line["sampling_seconds"]) / 96
+    assert rows == pytest.approx(round(rows), abs=0.15)  # whole ones
+    assert 1 <= round(rows) <= 12
+    assert line["bpb"] is None
 
 
 # --- trainer and engine ---------------------------------------------------------------------------
@@ -119,7 +138,7 @@ def test_in_bfloat16_the_mismatch_is_told(
     reinforce(words, start, tmp_path / "run", *settings)
     record = metrics(tmp_path / "run")[0]
     assert 0 < record["mismatch"] < 0.1
-    assert (record["experts_differ"] > 0) <= replay
+    assert (record["experts_differ"] is not None) == replay
 
 
 # --- going on -------------------------------------------------------------------------------------

@@ -62,6 +62,23 @@ def test_the_shortest_right_answers_that_end_are_kept() -> None:
         assert reasons == expected
 
 
+def test_an_answer_at_once_is_learned_as_one_where_it_could_have_reasoned() -> None:
+    class AtOnce(Taught):
+        def answer(self, problems: Sequence[Problem], seeds: Sequence[int]):
+            return [
+                [
+                    Response(p, f"<think></think>{p.answer}", 4),
+                    Response(p, f"<think></think></think>{p.answer}", 3),
+                ]
+                for p in problems
+            ]
+
+    config = DistillConfig(tasks="sums,gcd", problems=1, keep=2)
+    (record,) = reject(AtOnce(), TASKS, config, seed=0).records
+    told = {"role": "assistant", "content": problem().answer, "reasoning_content": ""}
+    assert record["messages"][1] == told
+
+
 def test_one_text_is_kept_once() -> None:
     twice = [Response(problem(), problem().answer, n) for n in (3, 3)]
     assert len(worth_keeping(twice, 9)) == 1

@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 
 from tests.alignment.support import run_later
 from tests.training.support import assert_same_run, breaking_off, metrics
+from ziphius.alignment.holdout import divided
+from ziphius.alignment.records import Record
+from ziphius.alignment.sft import asked_of
 from ziphius.config.errors import BadInput
 from ziphius.config.sft import SftConfig
 from ziphius.training.run import Trained
@@ -124,3 +127,20 @@ def test_the_published_recipe_is_the_default() -> None:
     assert config.passes == 2
     assert config.bias_update_speed == 0
     assert SftConfig(steps=7).passes is None
+
+
+def test_answers_to_one_question_are_all_learned_or_none_is(
+    words: Path, start: Path, tmp_path: Path
+) -> None:
+    """Also where others ask it for another system: an expert has both samples of a problem."""
+    asked = [f"say {n}" for n in range(40)]
+    lines = [
+        [{"role": "user", "content": one}, {"role": "assistant", "content": f"{n}"}]
+        for n in range(2)
+        for one in asked
+    ]
+    lines += [[{"role": "system", "content": "think"}, *line] for line in lines[:40]]
+    kept, held = divided([Record(line, "") for line in lines], asked_of, seed=0, holdout_every=4)
+    assert held
+    sides = [{r.messages[-2]["content"] for r in side} for side in (kept, held)]
+    assert not sides[0] & sides[1]

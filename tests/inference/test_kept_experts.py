@@ -80,3 +80,11 @@ def test_a_small_cache_that_preempts_tells_the_same(model: Transformer) -> None:
         assert one.experts is not None
         assert other.experts is not None
         assert torch.equal(one.experts, other.experts)
+
+
+def test_a_model_without_experts_answers_too() -> None:
+    dense = random_model(precision=F32, vocab_size=61, first_k_dense_replace=2, num_hidden_layers=2)
+    for _, output in answers(dense.eval(), PROMPTS):
+        assert output.error is None
+        assert len(output.token_ids) == 40
+        assert output.experts is None

@@ -6,16 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ziphius.alignment.records import read_records
 from ziphius.alignment.sft import stage_of
-from ziphius.checkpoint.folder import checkpoint_folder
+from ziphius.checkpoint.folder import TOKENIZER_FILE, checkpoint_folder
 from ziphius.checkpoint.huggingface import load
 from ziphius.config.distill import DistillConfig
 from ziphius.config.errors import BadInput
 from ziphius.config.recipe import Recipe
 from ziphius.data.rows import Batch, row_targets
+from ziphius.data.tokenizer import read_tokenizer
 from ziphius.kernels.loss import IGNORED, linear_cross_entropy
 from ziphius.model.transformer import Features, Transformer
 from ziphius.parallel.passes import Passes
@@ -130,6 +132,12 @@ def distilling(recipe: Recipe, start: Start, watch: Watch, teacher: Path | None)
     return _with_teacher(stage, recipe, config, teacher)
 
 
+def _require_same_tokens(teacher: Path, tokenizer: Tokenizer) -> None:
+    path = checkpoint_folder(teacher) / TOKENIZER_FILE
+    if path.is_file() and read_tokenizer(path).get_vocab() != tokenizer.get_vocab():
+        raise BadInput(f"{teacher}: its tokens are not the student's: its thoughts are of others")
+
+
 def _with_teacher(stage: Stage, recipe: Recipe, config: DistillConfig, teacher: Path) -> Stage:
     if recipe.parallel.tp > 1:
         raise BadInput(
@@ -142,6 +150,7 @@ def _with_teacher(stage: Stage, recipe: Recipe, config: DistillConfig, teacher: 
             f"{teacher}: its vocabulary of {model.config.vocab_size} is not the student's of "
             f"{recipe.model.vocab_size}: its thoughts are of other tokens"
         )
+    _require_same_tokens(teacher, stage.tokenizer)
     settled = stage.config
     assert isinstance(settled, DistillConfig), "made of the table [distill]"
     plain = NextTokens(settled, document_mask=True)

@@ -5,6 +5,7 @@ Losses are to be minimised: ``-min(rho A, clip(rho) A) + beta k3``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -111,7 +112,9 @@ class Grpo:
     def __call__(self, model: Transformer, features: Features, rows: Batch) -> PolicyParts:
         """Compute what a part of the network gives of some rows."""
         zero = torch.zeros((), dtype=model.precision.high, device=rows.tokens_BS.device)
-        differ = _experts_differ(model, features, rows) / max(1, self.routed)
+        differ = zero + math.nan  # where the trainer chooses by itself, nobody knows
+        if self.routed:
+            differ = _experts_differ(model, features, rows) / self.routed
         if not model.part.ends:
             nothing = Losses(zero, zero, zero, zero)
             return PolicyParts(zero, nothing, torch.stack((zero, zero, zero, differ, zero)))

@@ -16,6 +16,7 @@ from ziphius.alignment.tasks.problem import Problem
 from ziphius.alignment.teachers import Teacher
 from ziphius.checkpoint.files import write_atomic
 from ziphius.config.distill import DistillConfig
+from ziphius.data.tokenizer import END_THINK, THINK
 
 _AT_A_TIME = 64  # problems that a teacher is given together
 
@@ -79,7 +80,9 @@ def worth_keeping(right: Sequence[Response], keep: int) -> list[Response]:
 
 def _has_form(response: Response) -> bool:
     # An answer may come without reasoning, but not with half of it.
-    return "think>" not in response.text or bool(think_form(response))
+    text = response.text
+    at_once = text.startswith(THINK + END_THINK) and text.count("think>") == 2
+    return "think>" not in text or at_once or bool(think_form(response))
 
 
 def _judge(
@@ -111,7 +114,7 @@ def _conversations(config: DistillConfig, response: Response) -> Iterator[list[d
     problem = response.problem
     asked = {"role": "user", "content": problem.question}
     answered: dict[str, Any] = {"role": "assistant", "content": response.summary.strip()}
-    if response.thinking:
+    if END_THINK in response.text:
         answered["reasoning_content"] = response.thinking
     if config.samples == "final":
         yield [asked, answered]

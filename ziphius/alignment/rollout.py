@@ -18,12 +18,12 @@ from ziphius.alignment.packing import as_rows
 from ziphius.alignment.records import Sample
 from ziphius.alignment.rewards.reward import Response
 from ziphius.alignment.tasks.problem import Problem
-from ziphius.config.errors import BadInput
+from ziphius.config.errors import BadInput, ZiphiusError
 from ziphius.config.grpo import GrpoConfig
 from ziphius.data.pack import best_fit
 from ziphius.data.rows import EXPERTS, Batch
-from ziphius.parallel.agree import gather_json
 from ziphius.parallel.collectives import Axis
+from ziphius.training.together import from_all
 
 
 @dataclass(frozen=True)
@@ -206,10 +206,14 @@ class Rollouts:
         """Judge this rank's share, and return all groups on all ranks."""
         assert self.answerers is not None, "told who answers when the stage begins"
         axis = self.answerers.axis
-        own = self._judged(begun.own, groups)
-        if axis.size == 1:
+        own, failure = list[Rollout](), None
+        try:
+            own = self._judged(begun.own, groups)
+        except ZiphiusError as error:
+            failure = error
+        if axis.size == 1 and failure is None:
             return own
-        told = gather_json(axis, [_packed(rollout) for rollout in own])
+        told = from_all(axis, [_packed(rollout) for rollout in own], failure)
         return [
             _unpacked(one, told[place % axis.size][place // axis.size])
             for place, one in enumerate(begun.asked)

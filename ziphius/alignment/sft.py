@@ -39,9 +39,7 @@ def stage_of(
 ) -> Stage:
     """Return the stage that learns some records."""
     template, longest = ChatTemplate(format=config.format), config.sequence_length + 1
-    kept, held = divided(
-        records, lambda record: json.dumps(record.messages), recipe.run.seed, config.holdout_every
-    )
+    kept, held = divided(records, asked_of, recipe.run.seed, config.holdout_every)
     samples, dropped = samples_of(kept, template, start.tokenizer, longest)
     batches = PackedSamples(samples, sequence_length=config.sequence_length, seed=recipe.run.seed)
     config = config.lasting(batches.rows_per_epoch)
@@ -73,3 +71,8 @@ def stage_of(
             "dropped": dropped.describe(),
         },
     )
+
+
+def asked_of(record: Record) -> str:
+    """Return what a user asks: answers to the same question are all learned, or none is."""
+    return json.dumps([m["content"] for m in record.messages if m["role"] == "user"])

@@ -52,10 +52,13 @@ def reject(
     from ziphius.alignment.reject import reject as sample
     from ziphius.alignment.reject import write_records
     from ziphius.cli.display import Display
+    from ziphius.cli.processes import Processes
     from ziphius.config.distill import DistillConfig
     from ziphius.config.errors import BadInput, ZiphiusError
     from ziphius.config.recipe import load_recipe
 
+    if (ranks := Processes.told().world) > 1:
+        raise BadInput(f"{ranks} processes: one asks a teacher and writes --out: start one")
     chosen = load_recipe(recipe, overrides or [])
     config = chosen.distill or DistillConfig()
     tasks = mixture_of(config.tasks, "distill.tasks")

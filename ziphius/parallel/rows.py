@@ -24,7 +24,7 @@ def check_batch(rows: int, ranks: int) -> None:
     """Refuse a global batch of fewer rows than ranks that share it. Raises BadInput."""
     if rows < ranks:
         raise BadInput(
-            f"pretrain: a batch of {rows} rows is shared by {ranks} ranks (parallel.dp_replicate * "
+            f"a batch of {rows} rows is shared by {ranks} ranks (parallel.dp_replicate * "
             f"parallel.dp_shard): let batch_size and batch_size_start be {ranks} or more, or start "
             f"fewer processes, so that at most {rows} ranks share a batch"
         )

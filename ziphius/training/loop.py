@@ -173,7 +173,10 @@ class Loop:
         progress.step += 1
         progress.tokens += tokens
         progress.seconds += took
-        record = self._record(batch, settings, result, tokens / took)
+        # A stage's batches may have more rows or fewer, and its answers take their own time.
+        learned, notes = len(batch) * config.sequence_length, self.stage.notes()
+        speed = learned / max(1e-9, took - notes.get("sampling_seconds", 0.0))
+        record = self._record(batch, settings, result, speed) | dict(notes)
         record |= waits | self._validation()
         try:
             self._write(record, result, events)
@@ -200,8 +203,7 @@ class Loop:
         self, batch: Batch, settings: StepSettings, result: StepResult, speed: float
     ) -> dict[str, Any]:
         progress = self.state.progress
-        bits = result.targets / math.log(2)
-        bits_per_nat, spells = bits / max(1, self._bytes(batch)), self.stage.spells
+        per_byte = self._bits_per_nat(batch, result.targets) if self.stage.spells else math.nan
         return {
             "step": progress.step,
             "tokens": progress.tokens,
@@ -210,8 +212,8 @@ class Loop:
             "mtp_loss": _finite(result.mtp_loss),
             "balance_loss": _finite(result.balance_loss),
             "total_loss": _finite(result.total_loss),
-            "bpb": _finite(result.loss * bits_per_nat) if spells else None,
-            "mtp_bpb": _finite(result.mtp_loss * bits_per_nat) if spells else None,
+            "bpb": _finite(result.loss * per_byte),
+            "mtp_bpb": _finite(result.mtp_loss * per_byte),
             "lr": settings.learning_rate,
             "batch_size": settings.batch_size,
             "gamma": settings.bias_update_speed,
@@ -223,12 +225,13 @@ class Loop:
             **{name: _finite(value) for name, value in result.extra.items()},
             "skipped": result.skipped,
             "rollbacks": self.state.guard.rollbacks,
-            **self.stage.notes(),
         }
 
-    def _bytes(self, batch: Batch) -> int:
+    def _bits_per_nat(self, batch: Batch, targets: int) -> float:
+        """Return bits a byte of a loss of one nat a target."""
         targets_BT = row_targets(batch, 0, document_mask=self.stage.document_mask).numpy()
-        return int(np.take(self.target_bytes, targets_BT[targets_BT != IGNORED]).sum())
+        spelt = int(np.take(self.target_bytes, targets_BT[targets_BT != IGNORED]).sum())
+        return targets / math.log(2) / max(1, spelt)
 
     def _validation(self) -> dict[str, float]:
         every = self.recipe.run.validate_every

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 from tests.alignment.rewards.judges import Decide, FakeJudge, fake_judge, shown
 from tests.alignment.rewards.support import respond
 from ziphius.alignment.endpoint import Endpoint
+from ziphius.alignment.questions import mixture_of
 from ziphius.alignment.rewards.compose import Composed, Weighted
+from ziphius.alignment.rewards.find import find_rewards
 from ziphius.alignment.rewards.judge import Judge
 from ziphius.alignment.rewards.verdicts import majority, read_choice, read_grade, swapped
 from ziphius.config.errors import BadInput, ZiphiusError
@@ -262,3 +265,26 @@ def test_impossible_endpoints_are_refused(settings: dict[str, Any], words: str) 
     assert "secret" not in str(info.value)
     with pytest.raises(BadInput, match="0 votes"):
         Judge(Endpoint("http://x", "m"), votes=0)
+
+
+def test_a_judge_is_a_reward_by_its_name(tmp_path: Path) -> None:
+    tasks = mixture_of("sums")
+    (tmp_path / "key").write_text("secret\n", "utf-8")
+    with fake_judge(lambda body: "[[7]]") as fake:
+        spec = f"judge:{fake.url}#m#{tmp_path / 'key'}=2,form"
+        composed = find_rewards(spec, tasks, 9, lambda text: None)
+        (scored,) = composed.score([respond("x")])
+        judge = composed.rewards[0].reward
+        assert isinstance(judge, Judge)
+        judge.close()
+    (name,) = [weighted.name for weighted in composed.rewards if weighted.name != "form"]
+    assert scored.total == pytest.approx(2 * scored.values[name])
+    assert scored.values[name] > 0
+    assert fake.asked[0]["model"] == "m"
+    assert fake.headers[0]["Authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize("needs", ["", "http://a/v1", "http://a/v1#m#no/such/key"])
+def test_a_judge_without_an_address_a_model_or_its_key_is_refused(needs: str) -> None:
+    with pytest.raises(BadInput, match="judge"):
+        find_rewards(f"judge:{needs}", mixture_of("sums"), 9, lambda text: None)
