@@ -66,16 +66,22 @@ class Noise:
         """
         best = int(logits_V.argmax())
         top = float(logits_V[best])
-        word = _words(self._philox(position, Stream.TOKEN), [best])
+        philox = self._philox(position, Stream.TOKEN)
+        if len(logits_V) <= BLOCK:
+            drawn_V = philox.random_raw(len(logits_V))
+            word = drawn_V[best : best + 1]
+        else:
+            drawn_V = None
+            word = _words(philox, [best])
+            philox = self._philox(position, Stream.TOKEN)
         reached = -float(np.log(_exponential(word))[0])
         # With room for rounding, which the factor of the noise's bound leaves too.
         near = top + temperature * (reached - _COMMON - 1e-6) - 1e-6 * abs(top)
-        philox = self._philox(position, Stream.TOKEN)
         runs, drawn = [], []
         with np.errstate(over="ignore"):  # a bound of minus infinity is one that all reach
             for start in range(0, len(logits_V), BLOCK):
                 block = logits_V[start : start + BLOCK]
-                words = philox.random_raw(len(block))
+                words = philox.random_raw(len(block)) if drawn_V is None else drawn_V
                 places = np.flatnonzero((block >= near) | (words > _RARE))
                 runs.append(places + start)
                 drawn.append(words[places])
