@@ -126,7 +126,16 @@ def test_quickstart_ends_with_every_figure_it_promises(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "quickstart"
-    arguments = ["quickstart", "--out", str(out), "--steps", "2", *settings(text)]
+    arguments = [
+        "quickstart",
+        "--until",
+        "pretrain",
+        "--out",
+        str(out),
+        "--steps",
+        "2",
+        *settings(text),
+    ]
     assert ziphius_exits(*arguments) == 0
     shown = capsys.readouterr().out
     summary = json.loads((out / "summary.json").read_text("utf-8"))
@@ -152,10 +161,44 @@ def test_quickstart_ends_with_every_figure_it_promises(
     assert (out.with_name("quickstart.previous") / "letter.txt").is_file()
 
 
+def test_quickstart_goes_through_every_stage(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "quickstart"
+    more = (
+        "extend.lengths=[64, 160]",
+        *("grpo.tasks=reversal,gcd", "grpo.questions=2", "grpo.group=2", "grpo.max_tokens=8"),
+        *("distill.tasks=reversal,gcd", "distill.problems=4", "distill.max_tokens=8"),
+    )
+    arguments = ["quickstart", "--out", str(out), "--steps", "2", *settings(text, *more)]
+    assert ziphius_exits(*arguments) == 0, capsys.readouterr().err
+    stages = json.loads((out / "summary.json").read_text("utf-8"))["stages"]
+    assert list(stages) == ["pretrain", "extend", "sft", "grpo", "distill"]
+    assert (out / "needle.json").is_file()
+    for name in ("sft", "grpo", "distill"):
+        assert stages[name]["accuracy"].keys() == {"reversal", "gcd"}
+        assert stages[name]["length"] > 0
+        assert (out / name / "report.html").is_file()
+    assert "right answers to problems that nobody trained on" in capsys.readouterr().out
+    assert stages["extend"]["needles"].keys() == {"before", "after", "without YaRN"}
+    assert "Stage by stage" in (out / "report.html").read_text("utf-8")
+    # What is opened is the final model.
+    weights = "model.safetensors"
+    assert (out / "checkpoint" / weights).read_bytes() == (
+        out / "distill" / "checkpoint" / weights
+    ).read_bytes()
+    assert ziphius.load(out).config.rope_scaling is not None
+
+
 def test_quickstart_times_steps_to_fit_the_minutes(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "quickstart"
     more = settings(text, "pretrain.steps=null", "pretrain.tokens=10000000")
-    assert ziphius_exits("quickstart", "--out", str(out), "--minutes", "0.01", *more) == 0
+    assert (
+        ziphius_exits(
+            "quickstart", "--until", "pretrain", "--out", str(out), "--minutes", "0.01", *more
+        )
+        == 0
+    )
     summary = json.loads((out / "summary.json").read_text("utf-8"))
     assert 1 <= summary["steps"] < 10_000
     assert len(metrics(out)) == summary["steps"]
@@ -298,7 +341,12 @@ def test_a_broken_off_run_never_displaces_a_finished_one(
     shutil.copytree(trained, previous)
     out.mkdir()
     (out / "recipe.toml").write_text("", "utf-8")  # killed right after it began
-    assert ziphius_exits("quickstart", "--out", str(out), "--steps", "2", *settings(text)) == 0
+    assert (
+        ziphius_exits(
+            "quickstart", "--until", "pretrain", "--out", str(out), "--steps", "2", *settings(text)
+        )
+        == 0
+    )
     assert (out / "checkpoint" / "config.json").is_file()
     for path in trained.rglob("*"):
         kept = previous / path.relative_to(trained)

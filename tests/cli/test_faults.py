@@ -192,7 +192,16 @@ def test_a_read_only_disk_is_told_in_one_line(
     for arguments in (
         begun(words, small_disk / "new"),
         [*begun(words, out), "--resume"],
-        ["quickstart", "--out", str(out), "--steps", "2", *flags(overrides(words))],
+        [
+            "quickstart",
+            "--until",
+            "pretrain",
+            "--out",
+            str(out),
+            "--steps",
+            "2",
+            *flags(overrides(words)),
+        ],
     ):
         assert "Read-only file system" in refusal(*arguments, logs=logs)
     remount(small_disk, "rw,size=20m")
@@ -264,7 +273,16 @@ def test_a_second_process_is_refused_at_once_and_the_first_is_not_disturbed(
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for arguments in (
         [*begun(words, out), "--resume"],
-        ["quickstart", "--out", str(out), "--steps", "2", *flags(overrides(words))],
+        [
+            "quickstart",
+            "--until",
+            "pretrain",
+            "--out",
+            str(out),
+            "--steps",
+            "2",
+            *flags(overrides(words)),
+        ],
     ):
         line = refusal(*arguments, logs=logs)
         assert "another process trains into this folder" in line

@@ -183,7 +183,16 @@ def test_an_interrupted_quickstart_says_how_to_go_on_and_ends_as_a_run_does(
     words: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "quick"
-    begun = ["quickstart", "--out", str(out), "--steps", "20", *flags(overrides(words))]
+    begun = [
+        "quickstart",
+        "--until",
+        "pretrain",
+        "--out",
+        str(out),
+        "--steps",
+        "20",
+        *flags(overrides(words)),
+    ]
     command = Command(*begun, logs=tmp_path / "logs", patch=quick)
     command.until_step(out, 3)
     command.signal(signal.SIGINT)

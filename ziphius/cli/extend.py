@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -85,6 +86,23 @@ def extend(
 
 
 def _measure(before: Path, out: Path, samples: int, trained: Trained, console: Console) -> None:
+    console.print("needles in held-out text")
+    ask_needles(before, out, samples, trained)
+
+
+def ask_needles(
+    before: Path,
+    out: Path,
+    samples: int,
+    trained: Trained,
+    *,
+    position_bytes: int | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Ask a run's start and its end for facts in held-out text; return and keep the figures.
+
+    Raises BadInput for rows with no room for facts.
+    """
     from ziphius.config.errors import BadInput
     from ziphius.config.recipe import load_recipe
     from ziphius.evaluation.long_context import lengths_between, long_context, write_needles
@@ -101,14 +119,15 @@ def _measure(before: Path, out: Path, samples: int, trained: Trained, console: C
             f"--needles: rows of {between[-1]} tokens have no room for facts, which need {fewest}: "
             "the run itself is finished"
         )
-    console.print(f"needles in {', '.join(map(str, lengths))} tokens of held-out text")
     figures = long_context(
         before,
         out,
         heldout_documents(recipe.data),
         NeedleTest(lengths, samples=samples),
         trained=recipe.extend.lengths,
-        position_bytes=recipe.run.validate_bytes,
+        position_bytes=position_bytes or recipe.run.validate_bytes,
         options={"kernel_cache": recipe.run.cache, "device": recipe.run.device},
+        on_progress=on_progress,
     )
     write_needles(figures, out)
+    return figures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ziphius.cli import options
+from ziphius.cli.miniature import STAGES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from ziphius.cli.display import Display
     from ziphius.cli.function import Function
     from ziphius.config.recipe import Recipe
+    from ziphius.data.documents import Document
     from ziphius.training.folder import RunFolder
     from ziphius.training.run import Trained
     from ziphius.training.text import Text
@@ -25,9 +28,13 @@ if TYPE_CHECKING:
 # Steps that are timed, after some that are not, to see how many fit into the minutes.
 _UNTIMED_STEPS, _TIMED_STEPS = 4, 16
 _FEWEST_STEPS = 20
-# Where the machine turns out slower than it was timed, training ends after this many times the
-# minutes that were asked for.
+# Where steps are counted, a later stage makes one for so many of pre-training's.
+_FEWER = 20
+# Where the machine turns out slower than it was timed, pre-training ends after this many times its
+# share of the minutes.
 _OVERTIME = 1.1
+# Shares of pre-training's tokens, and about so many characters of each kind.
+_TASKS_SHARE, _RECALL_SHARE, _MIXED_CHARACTERS = 0.05, 0.05, 1_500_000
 
 
 def quickstart(
@@ -35,19 +42,30 @@ def quickstart(
         Path, typer.Option(help="The run's folder; an earlier run moves to NAME.previous.")
     ] = Path("runs/quickstart"),
     minutes: Annotated[
-        float, typer.Option(min=0.01, help="How long to train; it decides the number of steps.")
-    ] = 6.5,
-    steps: Annotated[int | None, typer.Option(min=2, help="Steps, in place of minutes.")] = None,
+        float, typer.Option(min=0.01, help="How long to train; every stage has its share.")
+    ] = 12.0,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=2, help="Steps of pre-training, in place of minutes; others make fewer."),
+    ] = None,
+    until: Annotated[
+        str,
+        typer.Option(metavar="|".join(STAGES), help="The last stage."),
+    ] = STAGES[-1],
     overrides: options.Overrides = None,
 ) -> None:
-    """Train a small V3 on this machine in minutes, measure it, and let it write.
+    """Make a small V3 on this machine in minutes: from text to an assistant that reasons.
 
-    It learns the Python standard library's own source, trains its tokenizer first, and is measured
-    on packages that it has not seen, beside an n-gram model and xz on the same text.
+    It learns the Python standard library's own source, with its tokenizer, and is measured on
+    packages that it has not seen, beside an n-gram model and xz. Then its context is extended; it
+    is fine-tuned on chats and small tasks; an expert learns from rewards of its own answers; and
+    the final model learns what the expert answers rightly. Test problems are asked after every
+    stage.
     """
     from rich.console import Console
 
     from ziphius.cli.display import Display
+    from ziphius.cli.miniature import PRESET, Miniature, figures_of, seconds_of
     from ziphius.cli.pretrain import telling_how_to_go_on
     from ziphius.cli.signals import saving_on_signals
     from ziphius.config.errors import BadInput
@@ -59,29 +77,107 @@ def quickstart(
 
     if not math.isfinite(minutes):
         raise BadInput(f"--minutes {minutes}: give a number of minutes")
+    if until not in STAGES:
+        raise BadInput(f"--until {until}: give one of {', '.join(STAGES)}")
+    stages = STAGES[: STAGES.index(until) + 1]
+    seconds = seconds_of(stages, minutes)
     folder = RunFolder(out, replace=True)
     folder.require_room()
     console = Console()
     with Display(console) as display:
-        settings = [*(overrides or ()), *options.length(steps)]
-        recipe = run.resolve(load_recipe("tiny", settings))
+        if not steps:
+            told = ", ".join(f"{stage} {seconds[stage] / 60:.1f}" for stage in stages)
+            display.say(f"minutes of training: {told}")
+        mixed = _mixture(overrides or (), display)
+        settings = [*mixed, *options.length(steps)]
+        recipe = run.resolve(load_recipe(PRESET, settings))
         text = prepare_text(recipe, display)
         limit = math.inf
         if not steps:
-            settings += options.length(tokens=_tokens_that_fit(recipe, text, minutes, display))
-            recipe, limit = run.resolve(load_recipe("tiny", settings)), 60 * minutes * _OVERTIME
+            fitting = _tokens_that_fit(recipe, text, seconds["pretrain"], display)
+            settings += options.length(tokens=fitting)
+            recipe = run.resolve(load_recipe(PRESET, settings))
+            limit = seconds["pretrain"] * _OVERTIME
         stopping = partial(saving_on_signals, console)
         with telling_how_to_go_on(out):
             trained = run.pretrain(
                 recipe, folder, display, text=text, seconds=limit, stopping=stopping
             )
         summary = _measure(trained, text, recipe, folder, display)
+        summary["stages"] = {"pretrain": figures_of(summary)}
         report = write_report(folder.path)
+        fewer = max(1, steps // _FEWER) if steps else None
+        later = Miniature(folder.path, mixed, seconds, fewer, display, stopping)
+        for stage in stages[1:]:
+            display.say(f"[{stage}]")
+            summary["stages"][stage] = later.run(stage, _files(text))
+            folder.write_summary(summary)
+            report = write_report(folder.path)
+        if len(stages) > 1:
+            folder.publish(later.folder(stages[-1]) / "checkpoint")
     _tell(console, summary, out, report)
 
 
-def _tokens_that_fit(recipe: Recipe, text: Text, minutes: float, display: Display) -> int:
-    """Time some steps of a throw-away model; return the tokens that fit, at most the preset's."""
+def _mixture(overrides: Sequence[str], display: Display) -> list[str]:
+    """Return the overrides, with tasks and recall text among the text unless it is named there.
+
+    The text lies in the cache, by its content.
+    """
+    import json
+
+    from ziphius.alignment.questions import mixture_of
+    from ziphius.alignment.tasks.documents import task_documents
+    from ziphius.cli.miniature import PRESET
+    from ziphius.config.recipe import load_recipe
+    from ziphius.data.corpus import read_corpus
+    from ziphius.evaluation.needle import recall_documents
+
+    recipe = load_recipe(PRESET, overrides)
+    if any(setting.startswith("data.source") for setting in overrides) or recipe.distill is None:
+        return list(overrides)
+    display.say("writing tasks and facts to recall for pre-training")
+    tasks, seed = mixture_of(recipe.distill.tasks, "distill.tasks"), recipe.run.seed
+    lines = [document.text for document in read_corpus(recipe.data).train]
+    row = 3 * recipe.pretrain.sequence_length  # characters
+    texts = {
+        "tasks": task_documents(tasks, _MIXED_CHARACTERS // 300, seed=seed),
+        "recall": recall_documents(
+            lines, _MIXED_CHARACTERS // row, characters=(row // 4, row), seed=seed
+        ),
+    }
+    shares = {"stdlib": 1 - _TASKS_SHARE - _RECALL_SHARE}
+    for (name, documents), share in zip(texts.items(), (_TASKS_SHARE, _RECALL_SHARE), strict=True):
+        written = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+        shares[str(_cached(recipe.run.cache, name, written.encode()))] = share
+    sources = ", ".join(f'{{path = "{path}", weight = {share}}}' for path, share in shares.items())
+    return [*overrides, f"data.sources=[{sources}]", "data.deduplicate=exact"]
+
+
+def _cached(cache: str, name: str, text: bytes) -> Path:
+    """Write a text into the cache, under its own digest."""
+    import hashlib
+
+    from ziphius.checkpoint.files import write_atomic
+
+    folder = Path(cache).expanduser().absolute() / "text"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.jsonl"
+    if not path.is_file():
+        write_atomic(path, text)
+    return path
+
+
+def _files(text: Text) -> list[Document]:
+    """Return the files among the text that is trained on."""
+    documents = getattr(text.corpus, "train", ())
+    return [document for document in documents if not document.is_record]
+
+
+def _tokens_that_fit(recipe: Recipe, text: Text, limit: float, display: Display) -> int:
+    """Time some steps of a throw-away model; return the tokens of a limit in seconds.
+
+    These are the preset's at most.
+    """
     import time
 
     import torch
@@ -107,7 +203,7 @@ def _tokens_that_fit(recipe: Recipe, text: Text, minutes: float, display: Displa
     step_tokens = settings.batch_size * config.sequence_length
     # The fastest step: where others use the machine meanwhile, the clock ends the training in time,
     # with the learning rate that belongs there, but nothing would make up for too few steps.
-    fitting = int(60 * minutes / min(seconds[_UNTIMED_STEPS:]))
+    fitting = int(limit / min(seconds[_UNTIMED_STEPS:]))
     return min(config.total_tokens, step_tokens * max(_FEWEST_STEPS, fitting))
 
 
@@ -187,6 +283,7 @@ def _tell(console: Console, summary: dict[str, Any], out: Path, report: Path) ->
         if key in summary:
             table.add_row(name, f"{summary[key]:.3f}")
     console.print(table)
+    _tell_stages(console, summary["stages"])
     console.print(
         f"text: {summary['corpus']}, {summary['corpus_files']} files, "
         f"{summary['corpus_bytes']:,} bytes, sha256 {summary['corpus_sha256'][:16]}\n"
@@ -201,3 +298,19 @@ def _tell(console: Console, summary: dict[str, Any], out: Path, report: Path) ->
         markup=False,
         soft_wrap=True,
     )
+
+
+def _tell_stages(console: Console, stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """Show what was answered after every stage that was asked."""
+    from rich.table import Table
+
+    asked = {name: figures for name, figures in stages.items() if "accuracy" in figures}
+    if not asked:
+        return
+    table = Table(
+        "", *asked, title="right answers to problems that nobody trained on", title_justify="left"
+    )
+    for task in next(iter(asked.values()))["accuracy"]:
+        table.add_row(task, *(f"{figures['accuracy'][task]:.0%}" for figures in asked.values()))
+    table.add_row("tokens an answer", *(f"{figures['length']:.1f}" for figures in asked.values()))
+    console.print(table)
