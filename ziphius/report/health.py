@@ -42,14 +42,14 @@ def schedule_panels(run: Run) -> Iterator[Panel]:
     """The learning rate, and of the other schedules those that change."""
     metrics = run.metrics
     if metrics.has("lr"):
-        figure, axes = _steps_figure(metrics)
+        figure, axes = steps_figure(metrics)
         x, y = extremes(*metrics.points("lr"), _POINTS)
         axes.plot(x, y, color=BLUE, linewidth=1.9)
         fit(axes, y, low=0)
         yield Panel("lr", "Learning rate", "", figure, note=constants(run))
     for name, title, unit in _SETTINGS:
         if metrics.has(name) and np.ptp(metrics.points(name)[1]) > 0:
-            figure, axes = _steps_figure(metrics)
+            figure, axes = steps_figure(metrics)
             x, y = corners(*metrics.points(name), _POINTS)
             axes.plot(x, y, color=BLUE, linewidth=1.9, drawstyle="steps-post")
             fit(axes, y, low=0)
@@ -75,7 +75,7 @@ def gradient_panel(run: Run) -> Panel | None:
     """The gradient's norm before clipping, and where it is clipped."""
     if not run.metrics.has("grad_norm"):
         return None
-    figure, axes = _steps_figure(run.metrics)
+    figure, axes = steps_figure(run.metrics)
     draw_curve(axes, run.metrics, "grad_norm", BLUE, _POINTS)
     values, keys = run.metrics.points("grad_norm")[1], []
     usual = np.median(values)
@@ -97,7 +97,7 @@ def balance_loss_panel(run: Run) -> Panel | None:
     """The sequence-wise balance loss."""
     if not run.metrics.has("balance_loss") or not run.metrics.points("balance_loss")[1].any():
         return None
-    figure, axes = _steps_figure(run.metrics)
+    figure, axes = steps_figure(run.metrics)
     draw_curve(axes, run.metrics, "balance_loss", BLUE, _POINTS)
     fit(axes, limits(run.metrics.columns["balance_loss"]))
     return Panel("balance-loss", "Balance loss", "nats, with its weight", figure)
@@ -107,7 +107,7 @@ def violation_panel(run: Run) -> Panel | None:
     """MaxVio of every step, the mean over layers."""
     if not run.metrics.has("max_violation"):
         return None
-    figure, axes = _steps_figure(run.metrics)
+    figure, axes = steps_figure(run.metrics)
     draw_curve(axes, run.metrics, "max_violation", BLUE, _POINTS)
     fit(axes, run.metrics.columns["max_violation"], low=0)
     return Panel(
@@ -120,7 +120,7 @@ def agreement_panel(run: Run) -> Panel | None:
     """How often the MTP head predicts what the main head does."""
     if not run.metrics.has("mtp_agreement"):
         return None
-    figure, axes = _steps_figure(run.metrics)
+    figure, axes = steps_figure(run.metrics)
     x, y = extremes(*run.metrics.points("mtp_agreement"), _POINTS)
     axes.plot(x, y, "o-", color=GREEN, markersize=4 if len(x) < 60 else 0, linewidth=1.6)
     fit(axes, y, low=0)
@@ -137,7 +137,7 @@ def speed_panel(run: Run) -> Panel | None:
     metrics = run.metrics
     if not metrics.has("tokens_per_s"):
         return None
-    figure, axes = _steps_figure(metrics, right=46)
+    figure, axes = steps_figure(metrics, right=46)
     draw_curve(axes, metrics, "tokens_per_s", BLUE, _POINTS)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda speed, _: short(speed)))
     fit(axes, metrics.columns["tokens_per_s"], low=0)
@@ -152,14 +152,14 @@ def mfu_panel(run: Run) -> Panel | None:
     """MFU of its own, where it does not follow from the throughput by one factor."""
     if not run.metrics.has("mfu") or _mfu_ratio(run.metrics) is not None:
         return None
-    figure, axes = _steps_figure(run.metrics)
+    figure, axes = steps_figure(run.metrics)
     draw_curve(axes, run.metrics, "mfu", BLUE, _POINTS)
     fit(axes, run.metrics.columns["mfu"], low=0)
     axes.yaxis.set_major_formatter(FuncFormatter(_percent))
     return Panel("mfu", "Model FLOPs utilisation", "MFU", figure)
 
 
-def _steps_figure(metrics: Metrics, right: float = 10) -> tuple[Figure, Axes]:
+def steps_figure(metrics: Metrics, right: float = 10) -> tuple[Figure, Axes]:
     figure, axes = new_figure(SMALL, right=right)
     step_axis(axes, float(metrics.steps[0]), float(metrics.steps[-1]))
     return figure, axes

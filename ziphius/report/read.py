@@ -30,6 +30,7 @@ NUMBERS = (
     "tokens", "seconds", "loss", "mtp_loss", "balance_loss", "total_loss", "bpb", "mtp_bpb", "lr",
     "batch_size", "gamma", "mtp_weight", "tokens_per_s", "mfu", "grad_norm", "max_violation",
     "rollbacks", "heldout_bpb", "mtp_agreement", "heldout_bpb_ema",
+    "reward", "accuracy", "length", "entropy", "kl", "mismatch",
 )  # fmt: skip
 
 

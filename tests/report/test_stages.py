@@ -1,0 +1,53 @@
+"""The table of a quickstart's stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.report.synthetic import Plan, write_run
+from ziphius.report.page import render
+from ziphius.report.read import Run, read_run
+from ziphius.report.stages import stage_table
+
+STAGES = {
+    "pretrain": {"seconds": 61.0, "heldout_bpb_after": 1.75, "mtp_agreement": None},
+    "extend": {"seconds": 5.0, "needles": {"before": 0.0, "after": 0.5}},
+    "sft": {"accuracy": {"gcd": 0.25}, "length": 12.34, "heldout_bpb_after": float("nan")},
+    "grpo": {"accuracy": {"gcd": 0.5, "sums": 1.0}, "length": "long"},
+}
+
+
+def run_of(folder: Path, stages: Any) -> Run:
+    path = write_run(folder, Plan()) / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "stages": stages}), "utf-8")
+    return read_run(path.parent)
+
+
+def test_every_figure_stands_under_its_stage(tmp_path: Path) -> None:
+    table = stage_table(run_of(tmp_path / "run", STAGES))
+    assert table is not None
+    assert table.stages == ("pretrain", "extend", "sft", "grpo")
+    rows = {row.name: row for row in table.rows}
+    assert rows["right answers, gcd"].cells == ("", "", "25%", "50%")
+    assert rows["right answers, gcd"].shares == (0.0, 0.0, 0.25, 0.5)
+    assert rows["right answers, sums"].cells == ("", "", "", "100%")
+    assert rows["needles found, after"].cells == ("", "50%", "", "")
+    assert rows["held-out bits per byte, after"].cells == ("1.750", "", "", "")
+    assert rows["tokens an answer"].cells == ("", "", "12.3", "")
+    assert "drafts of the MTP module that stand" not in rows
+
+
+def test_the_page_has_the_table(tmp_path: Path) -> None:
+    page = render(run_of(tmp_path / "run", STAGES))
+    assert "Stage by stage" in page
+    assert "right answers, gcd" in page
+    assert "--cell-share:25.0%" in page
+
+
+def test_a_run_of_one_stage_has_none(tmp_path: Path) -> None:
+    for number, stages in enumerate(({"pretrain": {}}, None, [1, 2], {})):
+        run = run_of(tmp_path / str(number), stages)
+        assert stage_table(run) is None
+        assert "Stage by stage" not in render(run)
