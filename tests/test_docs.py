@@ -71,6 +71,12 @@ def run_in(folder: Path, command: list[str], shown: str) -> None:
     assert done.returncode == 0, f"{shown}\n{done.stdout}\n{done.stderr}"
 
 
+def test_every_page_is_in_the_table_of_contents() -> None:
+    contents = (ROOT / "docs" / "README.md").read_text("utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in contents, page.name
+
+
 def index_rows() -> list[list[str]]:
     rows = []
     for line in (ROOT / "docs" / "report-index.md").read_text("utf-8").splitlines():
