@@ -307,9 +307,7 @@ def _tell_stages(console: Console, stages: Mapping[str, Mapping[str, Any]]) -> N
     asked = {name: figures for name, figures in stages.items() if "accuracy" in figures}
     if not asked:
         return
-    table = Table(
-        "", *asked, title="right answers to problems that nobody trained on", title_justify="left"
-    )
+    table = Table("right answers to test problems", *asked)
     for task in next(iter(asked.values()))["accuracy"]:
         table.add_row(task, *(f"{figures['accuracy'][task]:.0%}" for figures in asked.values()))
     table.add_row("tokens an answer", *(f"{figures['length']:.1f}" for figures in asked.values()))
