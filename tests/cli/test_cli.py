@@ -18,6 +18,7 @@ import ziphius
 from tests.cli.launch import Command, flags
 from tests.training.support import FIRST_STATE, Silent, overrides, write_text
 from ziphius.cli.app import run
+from ziphius.cli.miniature import seconds_of
 from ziphius.training.folder import RunFolder
 from ziphius.training.run import pretrain
 
@@ -188,6 +189,28 @@ def test_quickstart_goes_through_every_stage(
         out / "distill" / "checkpoint" / weights
     ).read_bytes()
     assert ziphius.load(out).config.rope_scaling is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--until", "rlhf"], "pretrain, extend, sft, grpo, distill"),
+        (["--set", "distill.tasks=weekdays,sumz"], "sums"),
+        (["--set", "grpo.group=1"], "grpo.group"),
+    ],
+)
+def test_what_later_stages_cannot_do_is_said_before_anything_is_trained(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "quickstart"
+    assert words in refusal(capsys, "quickstart", "--out", str(out), *arguments)
+    assert not out.exists()
+
+
+def test_stages_share_the_minutes() -> None:
+    shares = seconds_of(("pretrain", "extend", "sft"), 3)
+    assert sum(shares.values()) == pytest.approx(180)
+    assert seconds_of(("pretrain",), 2) == {"pretrain": 120}
 
 
 def test_quickstart_times_steps_to_fit_the_minutes(text: Path, tmp_path: Path) -> None:

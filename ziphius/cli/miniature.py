@@ -79,6 +79,15 @@ class Miniature:
     display: Display
     stopping: Stopping
 
+    def check(self) -> None:
+        """Read the tables and draw the test problems. Raises BadInput for what cannot be."""
+        from ziphius.alignment.measure import heldout_problems
+        from ziphius.alignment.questions import mixture_of
+
+        heldout_problems(mixture_of(self._asked().tasks, "distill.tasks"), _PROBLEMS)
+        for stage in STAGES[1:]:
+            self._recipe(stage)
+
     def run(self, stage: str, documents: Sequence[Document]) -> dict[str, Any]:
         """Run a stage; return its figures. ``documents`` are what pre-training has read."""
         if stage == "extend":

@@ -84,11 +84,16 @@ def quickstart(
     folder = RunFolder(out, replace=True)
     folder.require_room()
     console = Console()
+    stopping = partial(saving_on_signals, console)
+    fewer = max(1, steps // _FEWER) if steps else None
     with Display(console) as display:
         if not steps:
             told = ", ".join(f"{stage} {seconds[stage] / 60:.1f}" for stage in stages)
             display.say(f"minutes of training: {told}")
         mixed = _mixture(overrides or (), display)
+        later = Miniature(folder.path, mixed, seconds, fewer, display, stopping)
+        if len(stages) > 1:
+            later.check()
         settings = [*mixed, *options.length(steps)]
         recipe = run.resolve(load_recipe(PRESET, settings))
         text = prepare_text(recipe, display)
@@ -98,7 +103,6 @@ def quickstart(
             settings += options.length(tokens=fitting)
             recipe = run.resolve(load_recipe(PRESET, settings))
             limit = seconds["pretrain"] * _OVERTIME
-        stopping = partial(saving_on_signals, console)
         with telling_how_to_go_on(out):
             trained = run.pretrain(
                 recipe, folder, display, text=text, seconds=limit, stopping=stopping
@@ -106,8 +110,6 @@ def quickstart(
         summary = _measure(trained, text, recipe, folder, display)
         summary["stages"] = {"pretrain": figures_of(summary)}
         report = write_report(folder.path)
-        fewer = max(1, steps // _FEWER) if steps else None
-        later = Miniature(folder.path, mixed, seconds, fewer, display, stopping)
         for stage in stages[1:]:
             display.say(f"[{stage}]")
             summary["stages"][stage] = later.run(stage, _files(text))
