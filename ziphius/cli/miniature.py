@@ -43,7 +43,7 @@ _WORKED, _CHATS = 8000, 300
 _PROBLEMS, _TEMPERATURE = 100, 1.0
 _NEEDLES, _POSITION_BYTES = 1, 120_000  # of a cell; of text whose loss is told by position
 # At most: a stage ends when its time is up.
-_EPOCHS = {"sft": 12, "distill": 2}
+_EPOCHS = {"sft": 12, "distill": 4}
 _SUMMARISED = {
     "train_seconds": "seconds",
     **{name: name for name in ("steps", "tokens", "tokens_per_s", "peak_memory_gib")},
@@ -150,8 +150,9 @@ class Miniature:
         for record in worked[::2]:
             record["messages"][-1]["reasoning_content"] = ""  # rewards are to find what it is for
         chats = docstring_chats(documents, _CHATS, seed=self._run().seed)
-        write_records([*worked, *chats], self.records("sft"))
-        return self.train("sft", "extend", fine_tuning, f"sft.source={self.records('sft')}")
+        for name, records in (("sft", worked), ("chats", chats)):
+            write_records(records, self.records(name))
+        return self.train("sft", "extend", fine_tuning, self._source("sft", "sft", "chats"))
 
     def _grpo(self) -> dict[str, Any]:
         from ziphius.alignment.reinforce import learning_from_rewards
@@ -169,10 +170,8 @@ class Miniature:
         kept, rejected = self._rejected(teacher, config)
         write_records(kept, self.records("distill"))
         # Where the expert answers nothing rightly, what it has learned from is learned again.
-        learned = ("distill", "sft") if kept else ("sft",)
-        sources = ",".join(str(self.records(name)) for name in learned)
-        prepare = partial(distilling, teacher=None)
-        figures = self.train("distill", "sft", prepare, f"distill.source={sources}")
+        source = self._source("distill", "distill" if kept else "sft", "chats")
+        figures = self.train("distill", "sft", partial(distilling, teacher=None), source)
         return figures | {"kept": len(kept), "rejected": rejected}
 
     def train(self, stage: str, begin: str, prepare: Prepare, *settings: str) -> dict[str, Any]:
@@ -245,6 +244,10 @@ class Miniature:
         elif stage in _EPOCHS and not any(s.startswith(f"{stage}.epochs") for s in self.settings):
             length = [f"{stage}.epochs={_EPOCHS[stage]}"]
         return load_recipe(PRESET, [*self.settings, *settings, *length])
+
+    def _source(self, stage: str, *names: str) -> str:
+        files = [str(path) for path in map(self.records, names) if path.stat().st_size]
+        return f"{stage}.source={','.join(files)}"
 
     def records(self, stage: str) -> Path:
         """Return the file of the conversations that a stage learns."""
