@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.report.synthetic import Plan, write_run
+from ziphius.report.headline import subtitle
 from ziphius.report.page import render
 from ziphius.report.read import Run, read_run
 from ziphius.report.stages import stage_table
@@ -51,3 +52,12 @@ def test_a_run_of_one_stage_has_none(tmp_path: Path) -> None:
         run = run_of(tmp_path / str(number), stages)
         assert stage_table(run) is None
         assert "Stage by stage" not in render(run)
+
+
+def test_the_subtitle_names_files_without_their_folders(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", Plan()) / "summary.json"
+    told = "standard library of CPython 3.11; file /root/.cache/text/tasks.jsonl; folder /data/own"
+    summary = json.loads(path.read_text("utf-8")) | {"corpus": told}
+    path.write_text(json.dumps(summary), "utf-8")
+    shown = subtitle(read_run(path.parent))
+    assert "CPython 3.11; file tasks.jsonl; folder own" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from ziphius.report.checks import planned
 from ziphius.report.formats import duration, percent, short, si, whole
 from ziphius.report.read import Run
+
+_FOLDERS = re.compile(r"(?<= )/\S*/(?=\S)")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,10 @@ def subtitle(run: Run) -> str:
         parts.append(f"{layers} layers of width {hidden}")
     if experts is not None and chosen is not None:
         parts.append(f"{chosen} of {experts} routed experts a token")
-    parts += [text for name in ("corpus", "compute") if (text := run.text(name))]
+    if text := run.text("corpus"):
+        parts.append(_FOLDERS.sub("", text))  # the table below has whole paths
+    if text := run.text("compute"):
+        parts.append(text)
     return " · ".join(parts)
 
 
