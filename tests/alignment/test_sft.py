@@ -15,8 +15,11 @@ from tests.training.support import assert_same_run, breaking_off, metrics
 from ziphius.alignment.holdout import divided
 from ziphius.alignment.records import Record
 from ziphius.alignment.sft import asked_of
+from ziphius.checkpoint.files import check_manifest, manifest_sizes
 from ziphius.config.errors import BadInput
 from ziphius.config.sft import SftConfig
+from ziphius.inference.chat import read_chat_template
+from ziphius.inference.template import chat_template_of
 from ziphius.training.run import Trained
 
 TUNED = (
@@ -144,3 +147,12 @@ def test_answers_to_one_question_are_all_learned_or_none_is(
     assert held
     sides = [{r.messages[-2]["content"] for r in side} for side in (kept, held)]
     assert not sides[0] & sides[1]
+
+
+def test_the_final_checkpoint_says_how_it_is_asked(whole: Path) -> None:
+    template = read_chat_template(whole / "checkpoint")
+    assert template.source == chat_template_of("v3.1")
+    asked = [{"role": "user", "content": "say 7"}]
+    assert template.render(asked, thinking=True).endswith("<think>")
+    check_manifest(whole / "checkpoint")
+    assert "chat_template.jinja" in manifest_sizes(whole / "checkpoint")

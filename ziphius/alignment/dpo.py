@@ -30,7 +30,8 @@ from ziphius.alignment.reference import Reference
 from ziphius.config.dpo import DpoConfig
 from ziphius.config.recipe import Recipe
 from ziphius.data.rows import Batch, row_targets
-from ziphius.inference.chat import ChatTemplate
+from ziphius.inference.chat import TEMPLATE_FILE, ChatTemplate
+from ziphius.inference.template import chat_template_of
 from ziphius.kernels.loss import IGNORED
 from ziphius.model.transformer import Features, Transformer
 from ziphius.parallel.passes import Passes
@@ -166,6 +167,7 @@ def preferring(recipe: Recipe, start: Start, watch: Watch) -> Stage:
         identity=digest,
         document_mask=True,
         start=start.folder,
+        files={TEMPLATE_FILE: chat_template_of(config.format)},
         about={
             **start.about,
             "records": len(preferences),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ziphius.alignment.answerers import Copied, InProcess
 from ziphius.alignment.grpo import Grpo, aim
-from ziphius.alignment.questions import Prompter, mixture_of
+from ziphius.alignment.questions import ZERO, Prompter, mixture_of
 from ziphius.alignment.reference import Reference
 from ziphius.alignment.rewards.find import find_rewards, judging
 from ziphius.alignment.rollout import Answerers, Ask, Asked, Judge, Rollouts
@@ -20,6 +20,8 @@ from ziphius.config.errors import BadInput
 from ziphius.config.grpo import GrpoConfig
 from ziphius.config.recipe import Recipe
 from ziphius.data.rows import Batch
+from ziphius.inference.chat import TEMPLATE_FILE
+from ziphius.inference.template import chat_template_of
 from ziphius.parallel.passes import Passes
 from ziphius.parallel.rows import MicroBatch
 from ziphius.training.saving import Saver
@@ -128,6 +130,9 @@ def reinforcing(
     rollouts = Rollouts(config, ask, judge, seed=recipe.run.seed)
     work = Reinforcement(recipe, start, rollouts, watch)
     rollouts.before = work.renew
+    files = {}
+    if config.prompt != ZERO:
+        files = {TEMPLATE_FILE: chat_template_of(config.prompt)}
     return Stage(
         table="grpo",
         spells=False,
@@ -139,6 +144,7 @@ def reinforcing(
         identity=identity,
         document_mask=True,
         start=start.folder,
+        files=files,
         about=start.about,
         begin=work.begin,
         ready=work.ready,

@@ -10,7 +10,8 @@ from ziphius.alignment.packing import PackedSamples, held_out
 from ziphius.alignment.records import Record, read_records, samples_of
 from ziphius.config.recipe import Recipe
 from ziphius.config.sft import SftConfig
-from ziphius.inference.chat import ChatTemplate
+from ziphius.inference.chat import TEMPLATE_FILE, ChatTemplate
+from ziphius.inference.template import chat_template_of
 from ziphius.training.stage import NextTokens, Stage
 from ziphius.training.start import Start
 from ziphius.training.watch import Watch
@@ -60,6 +61,7 @@ def stage_of(
         document_mask=True,
         heldout=held_out(heldout, start.tokenizer, config.sequence_length) if heldout else None,
         start=start.folder,
+        files={TEMPLATE_FILE: chat_template_of(config.format)},
         about={
             **start.about,
             "records": len(records),

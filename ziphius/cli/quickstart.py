@@ -286,6 +286,8 @@ def _tell(console: Console, summary: dict[str, Any], out: Path, report: Path) ->
             table.add_row(name, f"{summary[key]:.3f}")
     console.print(table)
     _tell_stages(console, summary["stages"])
+    asked = any("accuracy" in figures for figures in summary["stages"].values())
+    talk = f"ask it: {program()} chat {shlex.quote(str(out))} --thinking\n" if asked else ""
     console.print(
         f"text: {summary['corpus']}, {summary['corpus_files']} files, "
         f"{summary['corpus_bytes']:,} bytes, sha256 {summary['corpus_sha256'][:16]}\n"
@@ -295,6 +297,7 @@ def _tell(console: Console, summary: dict[str, Any], out: Path, report: Path) ->
         f"{out}: checkpoint/, metrics.jsonl, summary.json, loss.png\n"
         f"report: {report}\n"
         f"let it write: {program()} generate {shlex.quote(str(out))} 'class' --temperature 0.7\n"
+        f"{talk}"
         f"in your browser: {program()} serve {shlex.quote(str(out))}",
         highlight=False,
         markup=False,

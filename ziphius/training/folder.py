@@ -236,8 +236,8 @@ class RunFolder:
                 with suppress(OSError):
                     remove_directory(checkpoint)
 
-    def publish(self, source: Path) -> None:
-        """Make a checkpoint the run's final one: the same files, without its state.
+    def publish(self, source: Path, files: Mapping[str, str] | None = None) -> None:
+        """Make a checkpoint the run's final one: the same files, without its state, and ``files``.
 
         Weights are shared with it, where the file system can; small files are copies.
         """
@@ -246,6 +246,8 @@ class RunFolder:
                 if path.is_file() and path.name != MANIFEST:
                     copy = _link_or_copy if is_weight_file(path.name) else shutil.copy2
                     copy(path, folder / path.name)
+            for name, text in (files or {}).items():
+                (folder / name).write_text(text, "utf-8")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, whole or not at all."""
@@ -279,7 +281,7 @@ class Onlooker(RunFolder):
 
     def drop_old(self, keep: int, every: int) -> None: ...
 
-    def publish(self, source: Path) -> None: ...
+    def publish(self, source: Path, files: Mapping[str, str] | None = None) -> None: ...
 
     def write_summary(self, summary: Mapping[str, Any]) -> None: ...
 

@@ -327,7 +327,8 @@ def _finish(recipe: Recipe, loop: Loop, *, early: bool) -> Trained:
         folder.write_recipe(loop.stage.recorded(recipe, loop.stage.config.until(progress.tokens)))
     state.saver.wait()
     control = passes.mesh[CONTROL]
-    by_first(control, lambda: folder.publish(folder.checkpoint_at(progress.step)))
+    last_saved = folder.checkpoint_at(progress.step)
+    by_first(control, lambda: folder.publish(last_saved, loop.stage.files))
     if loop.stage.heldout is not None:
         loop.watch.say("bits per byte of the trained model")
     measured = loop.validation()

@@ -83,7 +83,8 @@ class Stage:
     begin with ``heldout_``; all ranks do it together. Weights that are ``fresh`` begin anew,
     whatever the checkpoint has. Where the loss is of no text (not ``spells``), nothing is told in
     bits per byte. Between ``steps_together`` steps nothing can be saved. ``record`` writes a
-    shorter length into a recipe whose table is not ``config`` itself.
+    shorter length into a recipe whose table is not ``config`` itself. ``files`` are texts that the
+    final checkpoint has besides, by their names.
     """
 
     table: str
@@ -104,6 +105,7 @@ class Stage:
     spells: bool = True
     steps_together: int = 1
     record: Callable[[Recipe, TrainingConfig], Recipe] | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def save_every(self, steps: int) -> int:
         """Return after how many steps a run saves that is told to do so every ``steps``."""
