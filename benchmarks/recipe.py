@@ -22,7 +22,7 @@ from support import report
 
 from ziphius.alignment.sft import fine_tuning
 from ziphius.cli.display import Display
-from ziphius.cli.miniature import STAGES, Miniature, figures_of, seconds_of
+from ziphius.cli.miniature import STAGES, Miniature, seconds_of
 from ziphius.config.recipe import load_recipe
 from ziphius.training.loop import never_stopping
 from ziphius.training.text import prepare_text
@@ -47,8 +47,10 @@ def one_seed(run: Path, out: Path, seed: int, minutes: float, console: Console) 
         # As often as the time allows, at a rate that has begun to fall.
         again = (f"sft.source={work.records('sft')}", "sft.epochs=200", "sft.learning_rate=2e-3")
         found["control"] = work.train("control", "sft", fine_tuning, *again)
-    kept = ("accuracy", "length", "style")
-    return {name: figures_of(f) | {k: f[k] for k in kept} for name, f in found.items()}
+    return {
+        name: {key: value for key, value in figures.items() if key != "samples"}
+        for name, figures in found.items()
+    }
 
 
 def gains(seeds: Mapping[str, Mapping[str, Any]], other: str) -> dict[str, list[float]]:
