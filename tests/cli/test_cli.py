@@ -8,17 +8,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import ziphius
-from tests.cli.launch import Command, flags
+from tests.cli.launch import Command
+from tests.cli.verbs import metrics, refusal, settings, ziphius_exits
 from tests.training.support import FIRST_STATE, Silent, overrides, write_text
 from ziphius.cli.app import run
-from ziphius.cli.miniature import seconds_of
 from ziphius.training.folder import RunFolder
 from ziphius.training.run import pretrain
 
@@ -53,44 +52,6 @@ def checkpoint(trained: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def settings(text: Path, *more: str) -> list[str]:
-    return flags(overrides(text, "pretrain.micro_batch_size=2", *more))
-
-
-def ziphius_exits(*arguments: str) -> int:
-    """Run the command line in this process; return its exit code."""
-    before = sys.argv
-    sys.argv = ["ziphius", *arguments]
-    threads = torch.get_num_threads()
-    try:
-        run()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = before
-        torch.set_num_threads(threads)
-    return 0
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run what must be refused: exit code 2 and one line of error, which is returned."""
-    code = ziphius_exits(*arguments)
-    err = capsys.readouterr().err
-    assert code == 2, err
-    assert err.startswith("error: "), err
-    assert err.count("\n") == 1, err
-    return err
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
-
-
-def letters(text: str) -> str:
-    """Return what no frame, line break or terminal changes."""
-    return "".join(c for c in text if c.isascii() and c.isalnum())
-
-
 def test_a_pretraining_run_leaves_what_others_will_open(trained: Path) -> None:
     records = metrics(trained)
     assert [record["step"] for record in records] == [1, 2, 3]
@@ -121,112 +82,6 @@ def test_the_same_recipe_gives_the_same_losses(text: Path, trained: Path, tmp_pa
     assert ziphius_exits("pretrain", str(trained / "recipe.toml"), "--out", str(out)) == 0
     for ours, theirs in zip(metrics(out), metrics(trained), strict=True):
         assert ours["total_loss"] == theirs["total_loss"]
-
-
-def test_quickstart_ends_with_every_figure_it_promises(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "quickstart"
-    arguments = [
-        "quickstart",
-        "--until",
-        "pretrain",
-        "--out",
-        str(out),
-        "--steps",
-        "2",
-        *settings(text),
-    ]
-    assert ziphius_exits(*arguments) == 0
-    shown = capsys.readouterr().out
-    summary = json.loads((out / "summary.json").read_text("utf-8"))
-    for key in ("heldout_bpb_before", "heldout_bpb_after", "ngram_bpb", "xz_bpb"):
-        assert summary[key] > 0
-        assert f"{summary[key]:.3f}" in shown
-    assert letters(summary["generated"]) in letters(shown)
-    assert f"{summary['tokens_per_s']:,.0f} tokens/s" in shown
-    assert shown.rstrip().endswith(f"ziphius serve {out}"), shown
-    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
-    assert f"report: {out / 'report.html'}\n" in shown
-    assert (out / "report.html").is_file()
-
-    (out / "note.txt").write_text("mine", "utf-8")
-    assert ziphius_exits(*arguments) == 0
-    assert (out.with_name("quickstart.previous") / "note.txt").read_text("utf-8") == "mine"
-    assert not (out / "note.txt").exists()
-
-    shutil.rmtree(out.with_name("quickstart.previous"))
-    (out.with_name("quickstart.previous")).mkdir()
-    (out.with_name("quickstart.previous") / "letter.txt").write_text("mine", "utf-8")
-    assert "is no run and in the way" in refusal(capsys, *arguments)
-    assert (out.with_name("quickstart.previous") / "letter.txt").is_file()
-
-
-def test_quickstart_goes_through_every_stage(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "quickstart"
-    more = (
-        "extend.lengths=[64, 160]",
-        *("grpo.tasks=reversal,gcd", "grpo.questions=2", "grpo.group=2", "grpo.max_tokens=8"),
-        *("distill.tasks=reversal,gcd", "distill.problems=4", "distill.max_tokens=8"),
-    )
-    arguments = ["quickstart", "--out", str(out), "--steps", "2", *settings(text, *more)]
-    assert ziphius_exits(*arguments) == 0, capsys.readouterr().err
-    stages = json.loads((out / "summary.json").read_text("utf-8"))["stages"]
-    assert list(stages) == ["pretrain", "extend", "sft", "grpo", "distill"]
-    assert (out / "needle.json").is_file()
-    for name in ("sft", "grpo", "distill"):
-        assert stages[name]["accuracy"].keys() == {"reversal", "gcd"}
-        assert stages[name]["length"] > 0
-        assert (out / name / "report.html").is_file()
-    assert "right answers to test problems" in capsys.readouterr().out
-    assert stages["extend"]["needles"].keys() == {"before", "after", "without YaRN"}
-    assert "Stage by stage" in (out / "report.html").read_text("utf-8")
-    # What is opened is the final model.
-    weights = "model.safetensors"
-    assert (out / "checkpoint" / weights).read_bytes() == (
-        out / "distill" / "checkpoint" / weights
-    ).read_bytes()
-    assert ziphius.load(out).config.rope_scaling is not None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--until", "rlhf"], "pretrain, extend, sft, grpo, distill"),
-        (["--set", "distill.tasks=weekdays,sumz"], "sums"),
-        (["--set", "grpo.group=1"], "grpo.group"),
-    ],
-)
-def test_what_later_stages_cannot_do_is_said_before_anything_is_trained(
-    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "quickstart"
-    assert words in refusal(capsys, "quickstart", "--out", str(out), *arguments)
-    assert not out.exists()
-
-
-def test_stages_share_the_minutes() -> None:
-    shares = seconds_of(("pretrain", "extend", "sft"), 3)
-    assert sum(shares.values()) == pytest.approx(180)
-    assert seconds_of(("pretrain",), 2) == {"pretrain": 120}
-
-
-def test_quickstart_times_steps_to_fit_the_minutes(text: Path, tmp_path: Path) -> None:
-    out = tmp_path / "quickstart"
-    more = settings(text, "pretrain.steps=null", "pretrain.tokens=10000000")
-    assert (
-        ziphius_exits(
-            "quickstart", "--until", "pretrain", "--out", str(out), "--minutes", "0.01", *more
-        )
-        == 0
-    )
-    summary = json.loads((out / "summary.json").read_text("utf-8"))
-    assert 1 <= summary["steps"] < 10_000
-    assert len(metrics(out)) == summary["steps"]
-    written = ziphius.load_recipe(str(out / "recipe.toml"))
-    assert written.pretrain.total_tokens == summary["tokens"] == metrics(out)[-1]["tokens"]
 
 
 def test_generate_streams_prompts_and_repeats_by_seed(
@@ -395,13 +250,6 @@ def test_the_clock_ends_a_training_and_the_recipe_says_so(text: Path, tmp_path: 
     assert written.pretrain.total_tokens == records[-1]["tokens"]
     later = [record["lr"] for record in records[1:]]
     assert all(rate == recipe.pretrain.final_learning_rate for rate in later)
-
-
-@pytest.mark.parametrize("arguments", [["--minutes", "nan"], ["--minutes", "inf"]])
-def test_quickstart_wants_a_number_of_minutes(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert "minutes" in refusal(capsys, "quickstart", "--out", str(tmp_path / "q"), *arguments)
 
 
 @pytest.mark.parametrize(

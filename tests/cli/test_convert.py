@@ -11,7 +11,7 @@ import pytest
 from tests.checkpoint.published import change, read_all
 from tests.checkpoint.test_interoperability import CONFIG as WHOLE
 from tests.cli.launch import Command, advised
-from tests.cli.test_cli import refusal, ziphius_exits
+from tests.cli.verbs import refusal, ziphius_exits
 from tests.support import random_model
 from ziphius.checkpoint import convert as module
 from ziphius.checkpoint.huggingface import load, save

@@ -9,7 +9,7 @@ import torch
 
 import ziphius
 from tests.checkpoint.limited import large_checkpoint, run_limited
-from tests.cli.test_cli import letters, refusal, ziphius_exits
+from tests.cli.verbs import letters, refusal, ziphius_exits
 from tests.support import random_model, tiny_config
 from ziphius.cli.sizes import read_size
 from ziphius.config.errors import BadInput

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.cli.test_cli import refusal, ziphius_exits
+from tests.cli.verbs import refusal, ziphius_exits
 from tests.data.preparing import contents, make_mixture
 from tests.data.texts import prose, write
 from ziphius.cli.follower import Follower

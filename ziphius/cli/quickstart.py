@@ -139,7 +139,9 @@ def _mixture(overrides: Sequence[str], display: Display) -> list[str]:
         return list(overrides)
     display.say("writing tasks and facts to recall for pre-training")
     tasks, seed = mixture_of(recipe.distill.tasks, "distill.tasks"), recipe.run.seed
-    lines = [document.text for document in read_corpus(recipe.data).train]
+    # As the run reads it: near duplicates would be looked for twice, and facts look alike.
+    read = read_corpus(recipe.data.model_copy(update={"deduplicate": "exact"}))
+    lines = [document.text for document in read.train]
     row = 3 * recipe.pretrain.sequence_length  # characters
     texts = {
         "tasks": task_documents(tasks, _MIXED_CHARACTERS // 300, seed=seed),
@@ -160,9 +162,15 @@ def _cached(cache: str, name: str, text: bytes) -> Path:
     import hashlib
 
     from ziphius.checkpoint.files import write_atomic
+    from ziphius.config.errors import BadInput
 
     folder = Path(cache).expanduser().absolute() / "text"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"{folder}: {error.strerror}: name a folder for it by --set run.cache=FOLDER"
+        ) from None
     path = folder / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.jsonl"
     if not path.is_file():
         write_atomic(path, text)
