@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.report.synthetic import Plan, write_run
+from ziphius.report.checks import check
+from ziphius.report.headline import headlines
 from ziphius.report.page import render
 from ziphius.report.read import read_run
 from ziphius.report.rewards import reward_panels
@@ -53,3 +56,21 @@ def test_other_runs_have_none(tmp_path: Path) -> None:
     with drawing():
         assert list(reward_panels(run)) == []
     assert "<h2>Rewards</h2>" not in render(run)
+
+
+def test_a_loss_of_rewards_need_not_fall_and_the_reward_is_a_headline(tmp_path: Path) -> None:
+    folder = rewarded(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line["loss"] = number / 100 - 0.4
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    run = read_run(folder)
+    found = check(run, ())
+    assert not [text for text in (*found.warnings, *found.passed) if "loss falls" in text]
+    assert not [text for text in found.warnings if "does not fall" in text]
+    shown = {headline.label: headline for headline in headlines(run)}
+    assert shown["reward"].value > 0.8
+    assert "loss" not in shown
+    median = float(np.median([line["tokens_per_s"] for line in lines]))
+    assert shown["tokens/s"].value == pytest.approx(median)

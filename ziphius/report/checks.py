@@ -81,7 +81,8 @@ def _finite(run: Run, layers: Layers) -> Iterator[str]:
 def _falling(run: Run, layers: Layers) -> Iterator[str] | None:
     line = run.metrics.average("loss")
     present = np.isfinite(line)
-    if present.sum() < 20:
+    # What is minimised of rewards is an estimate whose gradient counts; it does not fall.
+    if present.sum() < 20 or run.metrics.has("reward"):
         return None
     return _rise(run, line)
 

@@ -44,7 +44,8 @@ def subtitle(run: Run) -> str:
 
 def headlines(run: Run) -> list[Headline]:
     """Return the figures that say how a run went, as far as its files have them."""
-    found = (_bits(run), _loss(run), _speed(run), _mfu(run), _violation(run), _length(run))
+    worth = _reward(run) or _loss(run)
+    found = (_bits(run), worth, _speed(run), _mfu(run), _violation(run), _length(run))
     return [headline for headline in found if headline is not None]
 
 
@@ -65,6 +66,13 @@ def _bits(run: Run) -> Headline | None:
     return Headline("bits per byte", f"{value:.3f}", value, "training text, average at the end")
 
 
+def _reward(run: Run) -> Headline | None:
+    if not run.metrics.has("reward"):
+        return None
+    value = float(run.metrics.average("reward")[-1])
+    return Headline("reward", f"{value:.3f}", value, "mean of a rollout, average at the end")
+
+
 def _loss(run: Run) -> Headline | None:
     value = run.number("final_loss")
     if value is None:
@@ -80,7 +88,7 @@ def _loss(run: Run) -> Headline | None:
 
 def _speed(run: Run) -> Headline | None:
     value, seconds = run.number("tokens_per_s"), run.number("train_seconds")
-    if value is not None:
+    if value is not None and not run.metrics.has("reward"):
         remark = f"over {duration(seconds)}" if seconds is not None else ""
         return Headline("tokens/s", _digits(value), value, remark)
     value = _median(run, "tokens_per_s")
@@ -91,7 +99,7 @@ def _speed(run: Run) -> Headline | None:
 
 def _mfu(run: Run) -> Headline | None:
     value, peak = run.number("mfu"), run.number("peak_flops")
-    if value is not None:
+    if value is not None and not run.metrics.has("reward"):
         remark = f"of {si(peak, 'FLOP/s')}" if peak is not None else "of the machine's peak"
         return Headline("MFU", percent(value), value, remark)
     value = _median(run, "mfu")
@@ -101,7 +109,11 @@ def _mfu(run: Run) -> Headline | None:
 
 
 def _median(run: Run, name: str) -> float | None:
-    """Return the median over steps, which stands in while a run has no summary."""
+    """Return the median over steps.
+
+    It stands in while a run has no summary, and for rollouts, whose rows are no fixed batch: only
+    steps know how much was learned, and how long answering took.
+    """
     values = run.metrics.points(name)[1]
     return float(np.median(values)) if len(values) else None
 
