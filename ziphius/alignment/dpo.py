@@ -16,7 +16,6 @@ from ziphius.alignment.holdout import divided
 from ziphius.alignment.lines import sources_of
 from ziphius.alignment.packing import PackedUnits, as_rows
 from ziphius.alignment.pairs import (
-    LossParts,
     both,
     bradley_terry,
     count_pairs,
@@ -36,7 +35,7 @@ from ziphius.kernels.loss import IGNORED
 from ziphius.model.transformer import Features, Transformer
 from ziphius.parallel.passes import Passes
 from ziphius.parallel.rows import MicroBatch
-from ziphius.training.objective import Losses
+from ziphius.training.objective import Losses, LossParts
 from ziphius.training.saving import Saver
 from ziphius.training.schedule import StepSettings
 from ziphius.training.stage import Stage

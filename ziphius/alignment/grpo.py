@@ -20,7 +20,7 @@ from ziphius.kernels.loss import IGNORED
 from ziphius.model.ffn import MixtureOfExperts
 from ziphius.model.positions import Judged
 from ziphius.model.transformer import Features, Transformer
-from ziphius.training.objective import Losses
+from ziphius.training.objective import Losses, LossParts
 from ziphius.training.schedule import StepSettings
 
 Deviation = Literal["population", "sample", "none"]
@@ -77,23 +77,6 @@ def policy_loss(
 
 
 @dataclass(frozen=True)
-class PolicyParts:
-    """A micro-batch's part of the losses, and of what metrics tell besides.
-
-    Backward goes from ``total``, of all tokens that are judged here; ``losses`` are of those that
-    are counted here.
-    """
-
-    total: Tensor
-    losses: Losses
-    others: Tensor
-
-    def numbers(self) -> Tensor:
-        """Return the losses and the others, in the order of ``Grpo.extra``."""
-        return torch.cat((self.losses.numbers().double(), self.others.double()))
-
-
-@dataclass(frozen=True)
 class Grpo:
     """The objective of one step: an ``Aim`` makes it of the step's global batch.
 
@@ -109,7 +92,7 @@ class Grpo:
     size = 9
     extra = ("kl", "clipped", "mismatch", "experts_differ", "entropy")
 
-    def __call__(self, model: Transformer, features: Features, rows: Batch) -> PolicyParts:
+    def __call__(self, model: Transformer, features: Features, rows: Batch) -> LossParts:
         """Compute what a part of the network gives of some rows."""
         zero = torch.zeros((), dtype=model.precision.high, device=rows.tokens_BS.device)
         differ = zero + math.nan  # where the trainer chooses by itself, nobody knows
@@ -117,7 +100,7 @@ class Grpo:
             differ = _experts_differ(model, features, rows) / self.routed
         if not model.part.ends:
             nothing = Losses(zero, zero, zero, zero)
-            return PolicyParts(zero, nothing, torch.stack((zero, zero, zero, differ, zero)))
+            return LossParts(zero, nothing, torch.stack((zero, zero, zero, differ, zero)))
         targets_BT = row_targets(rows, 0, document_mask=True)
         judged = model.positions.log_probs(model, features.hidden_BTD, targets_BT, 0)
         needed = {OLD, REFERENCE, ADVANTAGE, SHARE} & rows.fields.keys()
@@ -136,7 +119,7 @@ class Grpo:
         others = [mean(terms.kl.detach()), mean(terms.clipped), mean(gap_Bj)]
         others += [differ.to(zero.dtype), mean(-log_probs_Bj)]
         main = judged.only_counted(loss_Bj.detach()).sum()
-        return PolicyParts(total, Losses(main, zero, zero, main), torch.stack(others))
+        return LossParts(total, Losses(main, zero, zero, main), torch.stack(others))
 
     def _losses(
         self,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ziphius.alignment.documents import documents_in
 from ziphius.data.rows import Batch
-from ziphius.training.objective import Losses
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -51,16 +48,3 @@ def told_of_pairs(chosen: Tensor, rejected: Tensor) -> list[Tensor]:
 def wins(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Say by 1 and 0 whether the first is higher; equal ones count half."""
     return (chosen > rejected).to(chosen.dtype) + 0.5 * (chosen == rejected)
-
-
-@dataclass(frozen=True)
-class LossParts:
-    """A micro-batch's part of the loss, from which backward goes, and of the numbers of metrics."""
-
-    total: Tensor
-    losses: Losses
-    others: Tensor
-
-    def numbers(self) -> Tensor:
-        """Return the losses and the others."""
-        return torch.cat((self.losses.numbers().double(), self.others.double()))

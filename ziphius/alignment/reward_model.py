@@ -17,7 +17,6 @@ from ziphius.alignment.holdout import divided
 from ziphius.alignment.lines import sources_of
 from ziphius.alignment.packing import PackedUnits
 from ziphius.alignment.pairs import (
-    LossParts,
     both,
     bradley_terry,
     count_pairs,
@@ -31,7 +30,7 @@ from ziphius.data.rows import Batch, row_targets
 from ziphius.model.transformer import Features, Transformer
 from ziphius.parallel.passes import Passes
 from ziphius.parallel.rows import MicroBatch
-from ziphius.training.objective import Losses, count_targets
+from ziphius.training.objective import Losses, LossParts, count_targets
 from ziphius.training.schedule import StepSettings
 from ziphius.training.stage import Stage
 from ziphius.training.start import Start

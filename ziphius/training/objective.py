@@ -36,6 +36,23 @@ class Losses:
 
 
 @dataclass(frozen=True)
+class LossParts:
+    """A micro-batch's part of a loss that is no pre-training's, and what metrics tell besides.
+
+    Backward goes from ``total``, of all tokens that are judged here; ``losses`` are of those that
+    are counted here.
+    """
+
+    total: Tensor
+    losses: Losses
+    others: Tensor
+
+    def numbers(self) -> Tensor:
+        """Return the losses, and the others in the order of the objective's ``extra``."""
+        return torch.cat((self.losses.numbers().double(), self.others.double()))
+
+
+@dataclass(frozen=True)
 class PreTraining:
     """``part_losses`` of one global batch."""
 
