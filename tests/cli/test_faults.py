@@ -71,11 +71,15 @@ def allow(size: int) -> None:
 
 
 def before(owner: object, name: str, step: int, action: Callable[[loop.Loop], None]) -> None:
-    """Let something happen before a loop's function is called after a step."""
+    """Let something happen before a loop's function is called after a step.
+
+    The checkpoint of an earlier step is there then.
+    """
     plain = getattr(owner, name)
 
     def watched(self: loop.Loop, *arguments: object) -> object:
         if self.state.progress.step == step:
+            self.finish_saving()
             action(self)
         return plain(self, *arguments)
 

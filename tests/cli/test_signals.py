@@ -28,9 +28,10 @@ from tests.training.support import (
     recipe,
 )
 from ziphius.cli import display
-from ziphius.training import loop, text
+from ziphius.training import loop, saving, text
 from ziphius.training.folder import RunFolder
 from ziphius.training.run import pretrain
+from ziphius.training.saving import Saver
 
 STEPS = ("pretrain.steps=25", "run.checkpoint_every=4")
 SAVED = r"stopped after step (\d+), which is saved; go on with: (.+)"
@@ -97,14 +98,32 @@ def slow_save() -> None:
 
     def save(self: loop.Loop) -> None:
         if self.state.progress.step == 8:
-            os.fsync = lambda descriptor: (print("waiting", flush=True), time.sleep(1))  # type: ignore[assignment]
+            self.finish_saving()
+            very_slow_disk()
         plain(self)
 
     loop.Loop.save = save  # type: ignore[method-assign]
 
 
+def slow_end_of_save() -> None:
+    """Let the last files of a save take long, on a disk that has become slow."""
+    quick()
+    plain = Saver._finish
+
+    def finish(self: Saver, copies: saving._Copies, *arguments: Any) -> None:
+        if copies.target.name == "step-8":
+            very_slow_disk()
+        plain(self, copies, *arguments)
+
+    Saver._finish = finish  # type: ignore[method-assign]
+
+
+def very_slow_disk() -> None:
+    os.fsync = lambda descriptor: (print("waiting", flush=True), time.sleep(1))  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("patch", [slow_step, slow_save])
+@pytest.mark.parametrize("patch", [slow_step, slow_save, slow_end_of_save])
 def test_a_second_signal_stops_at_once_and_leaves_nothing_unfinished(
     patch: Patch, number: int, words: Path, whole: Path, tmp_path: Path
 ) -> None:

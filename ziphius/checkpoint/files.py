@@ -62,7 +62,8 @@ def replace_directory(
     kept, except weights, their index and the manifest; the files themselves are shared, not
     copied, where the file system can. Links and folders inside are kept as they are. ``checksums``
     are SHA-256 of new files at the top that were taken already, at the latest when the block ends.
-    ``before_each`` is called before a file is brought to the disk, and may raise to give up.
+    ``before_each`` is called before the manifest is written and before a file is brought to the
+    disk, and may raise to give up.
 
     Raises BadInput, one line, if ``target`` is a file, a mount point or a folder with something
     other than a checkpoint in it; if the disk is full, read-only or forbidden to this user.
@@ -81,6 +82,7 @@ def replace_directory(
             yield new
             if keep_unknown and target.exists():
                 _carry_over(target, new)
+            before_each()
             write_manifest(new, checksums)
             _flush_tree(new, before_each)
             _swap(new, target, _sibling(target, "previous", tag))

@@ -53,7 +53,7 @@ _OF_THE_DISK = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
 )
 # A process that ends waits so long for its thread to clear up.
-_STOP_SECONDS = 5.0
+_STOP_SECONDS = 10.0
 
 
 @dataclass
@@ -292,6 +292,7 @@ class Saver:
 
     def _finish(self, copies: _Copies, folder: Path, reports: list[dict[str, Any]]) -> None:
         """Write what there is once: indices, settings, tokenizer, numbers."""
+        require_wanted(copies.given_up)
         write_settings(folder, self.config, self.dtype)
         write_index(folder, self.export.placed, self.export.total_bytes)
         save_tokenizer(copies.tokenizer, folder)
@@ -313,19 +314,18 @@ class _Thread:
     def __init__(self, saver: Saver, copies: _Copies) -> None:
         self._error: BaseException | None = None
         self._target, self._given_up = copies.target, copies.given_up
+        # Not a join: one that Ctrl-C interrupts takes the thread for ended (CPython 3.11).
+        self._ended = threading.Event()
         arguments = (saver, [copies])
-        self._thread = threading.Thread(
-            target=self._run, args=arguments, name="checkpoint", daemon=True
-        )
-        self._thread.start()
+        threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True).start()
 
     def wait(self, deadline: float) -> None:
         try:
-            self._thread.join(deadline)
+            ended = self._ended.wait(deadline)
         except BaseException:  # Ctrl-C
             self.stop()
             raise
-        if self._thread.is_alive():
+        if not ended:
             raise ZiphiusError(
                 f"{self._target}: not saved within {deadline:.0f} seconds: is the disk too slow?"
             )
@@ -334,13 +334,15 @@ class _Thread:
 
     def stop(self) -> None:
         self._given_up.set()
-        self._thread.join(_STOP_SECONDS)
+        self._ended.wait(_STOP_SECONDS)
 
     def _run(self, saver: Saver, copies: list[_Copies]) -> None:
         try:
             saver._write(copies.pop())
         except BaseException as error:
             self._error = error
+        finally:
+            self._ended.set()
 
 
 def _described(error: Exception) -> dict[str, Any]:
