@@ -7,7 +7,7 @@ answers have all 64 tokens; ``--checkpoint`` takes a trained one, whose answers 
 trl does its best: the fastest of several ways to compute is searched first.
 
 trl gets an environment of its own below ``.cache`` (1.5 GB, made once). The last line is one JSON
-object: for each tokens/s sampled, of a whole step, and sampling's share of the time, and the ratios.
+object: for each tokens/s sampled, of a whole step, sampling's share of the time, and the ratios.
 
     python benchmarks/rl.py --record
     python benchmarks/rl.py --checkpoint runs/quickstart/sft/checkpoint

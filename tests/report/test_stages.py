@@ -10,7 +10,7 @@ from tests.report.synthetic import Plan, write_run
 from ziphius.report.headline import subtitle
 from ziphius.report.page import render
 from ziphius.report.read import Run, read_run
-from ziphius.report.stages import stage_table
+from ziphius.report.stages import length_panel, stage_table
 
 STAGES = {
     "pretrain": {"seconds": 61.0, "heldout_bpb_after": 1.75, "mtp_agreement": None},
@@ -45,6 +45,30 @@ def test_the_page_has_the_table(tmp_path: Path) -> None:
     assert "Stage by stage" in page
     assert "right answers, gcd" in page
     assert "--cell-share:25.0%" in page
+
+
+def test_right_answers_are_drawn_against_their_length(tmp_path: Path) -> None:
+    stages = {
+        "pretrain": {"seconds": 61.0},
+        "sft": {"accuracy": {"gcd": 0.25, "sums": 0.5}, "lengths": {"gcd": 8.0, "sums": 20.0}},
+        "grpo": {"accuracy": {"gcd": 0.75, "sums": None}, "lengths": {"gcd": 16.0, "sums": 30.0}},
+    }
+    run = run_of(tmp_path / "run", stages)
+    panel = length_panel(run)
+    assert panel is not None
+    assert [key.text for key in panel.keys] == ["gcd", "sums"]
+    line = panel.figure.axes[0].lines[0]
+    assert line.get_xydata().tolist() == [[8.0, 0.25], [16.0, 0.75]]  # type: ignore[union-attr]
+    assert panel.figure.axes[0].get_xlim()[1] > 20
+    assert "From sft, then grpo" in panel.note
+    assert 'id="accuracy-length"' in render(run)
+
+
+def test_without_two_measured_stages_no_length_is_drawn(tmp_path: Path) -> None:
+    for number, stages in enumerate((STAGES, None, {**STAGES, "sft": {"lengths": {"gcd": 1.0}}})):
+        run = run_of(tmp_path / str(number), stages)
+        assert length_panel(run) is None
+        assert 'id="accuracy-length"' not in render(run)
 
 
 def test_a_run_of_one_stage_has_none(tmp_path: Path) -> None:

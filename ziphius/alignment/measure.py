@@ -20,9 +20,10 @@ _SEED = 20241226  # of the problems that measure: apart from every run's own
 
 @dataclass(frozen=True)
 class Measured:
-    """Shares of right answers by task, and the style of all answers together."""
+    """By task, shares of right answers and tokens an answer; and the style of all answers."""
 
     accuracy: dict[str, float]
+    lengths: dict[str, float]
     style: Style
     samples: list[dict[str, str]]
 
@@ -31,6 +32,7 @@ class Measured:
         return {
             "accuracy": self.accuracy,
             "length": self.style.length,
+            "lengths": self.lengths,
             "style": asdict(self.style),
             "samples": self.samples,
         }
@@ -74,10 +76,11 @@ def measure(
         Response(one.problem, one.opened + o.text, len(o.token_ids), o.finish_reason == "stop")
         for one, o in zip(asked, outputs, strict=True)
     ]
-    accuracy, samples = {}, []
+    accuracy, lengths, samples = {}, {}, []
     for name in tasks.tasks:
         own = [r for r in responses if r.problem.task == name]
         accuracy[name] = sum(is_right(tasks, r) for r in own) / len(own)
+        lengths[name] = sum(r.tokens for r in own) / len(own)
         first = own[0]
         samples.append(
             {
@@ -87,4 +90,4 @@ def measure(
                 "response": first.text,
             }
         )
-    return Measured(accuracy, style_of(responses), samples)
+    return Measured(accuracy, lengths, style_of(responses), samples)

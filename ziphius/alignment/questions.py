@@ -11,7 +11,7 @@ from ziphius.alignment.tasks.mixture import Mixture
 from ziphius.alignment.tasks.problem import Problem
 from ziphius.config.errors import BadInput
 from ziphius.config.run import RunConfig
-from ziphius.data.tokenizer import BOS_ID, THINK
+from ziphius.data.tokenizer import BOS_ID, THINK, plain_text_tokenizer
 from ziphius.inference.chat import ChatTemplate
 from ziphius.inference.formats import opens_reasoning
 from ziphius.inference.llm import LLM
@@ -65,21 +65,26 @@ def open_for_asking(path: Path, run: RunConfig, format: str, longest: int) -> tu
     return llm, Prompter(llm.tokenizer, format)
 
 
+def zero_prompt(question: str) -> str:
+    """Return a question in R1-Zero's template, which the answer follows."""
+    return _ZERO_PROMPT.format(question=question)
+
+
 class Prompter:
     """Writes problems as the prompts that a model answers.
 
     ``format`` is a chat format, in which the answer's reasoning is opened where it can be, or
-    ``zero``.
+    ``zero``, whose tags are plain text: tokens for them are none that a base model has read.
     """
 
     def __init__(self, tokenizer: Tokenizer, format: str) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer = plain_text_tokenizer(tokenizer) if format == ZERO else tokenizer
         self.template = None if format == ZERO else ChatTemplate(format=format)
 
     def text(self, question: str) -> str:
         """Return the prompt of a question."""
         if self.template is None:
-            return _ZERO_PROMPT.format(question=question)
+            return zero_prompt(question)
         return self.template.render([{"role": "user", "content": question}], thinking=True)
 
     def ask(self, problem: Problem) -> Asked:

@@ -17,7 +17,7 @@ from ziphius.report.files import write_whole
 from ziphius.report.needle import NEEDLE, needle_panels
 from ziphius.report.read import BALANCE, METRICS, RECIPE, SUMMARY, Run, read_run
 from ziphius.report.rewards import reward_panels
-from ziphius.report.stages import stage_table
+from ziphius.report.stages import length_panel, stage_table
 from ziphius.report.style import Key, Panel, drawing
 from ziphius.report.svg import inline
 
@@ -85,6 +85,7 @@ def _content(run: Run) -> dict[str, Any]:
         "notes": run.notes,
         "bits": next(_draw([curves.bits_panel(run)]), None),
         "stages": stage_table(run),
+        "stage_panels": list(_draw([length_panel(run)])),
         "reward_panels": list(_draw(reward_panels(run))),
         "curve_panels": list(_draw(curve_panels(run))),
         "expert_panels": list(_draw(expert_panels(run, layers))),

@@ -4,10 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
+
+import numpy as np
+from matplotlib.ticker import FuncFormatter
 
 from ziphius.report.formats import duration
 from ziphius.report.read import Run, finite
+from ziphius.report.style import (
+    BLUE,
+    FONT,
+    GREEN,
+    MUTED,
+    OLIVE,
+    ORANGE,
+    PURPLE,
+    SMALL,
+    Key,
+    Panel,
+    fit,
+    new_figure,
+)
+
+_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, OLIVE)
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,42 @@ def stage_table(run: Run) -> StageTable | None:
         return None
     figures = [stage if isinstance(stage, Mapping) else {} for stage in stages.values()]
     return StageTable(tuple(map(str, stages)), tuple(_rows(figures)))
+
+
+def length_panel(run: Run) -> Panel | None:
+    """Right answers against their length, by task: a line from each stage to the next.
+
+    None where fewer than two stages have both.
+    """
+    stages = (run.summary or {}).get("stages")
+    if not isinstance(stages, Mapping):
+        return None
+    figures = {str(n): s for n, s in stages.items() if isinstance(s, Mapping) and "lengths" in s}
+    if len(figures) < 2:
+        return None
+    figure, axes = new_figure(SMALL)
+    keys, lengths, shares = [], [0.0], [0.0, 1.0]
+    tasks = _names(list(figures.values()), "accuracy")
+    for task, colour in zip(tasks, cycle(_COLOURS), strict=False):
+        points = [(_of(f, "lengths", task), _of(f, "accuracy", task)) for f in figures.values()]
+        known = [(x, y) for x, y in points if x is not None and y is not None]
+        if not known:
+            continue
+        xs, ys = zip(*known, strict=True)
+        axes.plot(xs, ys, color=colour, linewidth=1.6)
+        axes.plot(xs[:1], ys[:1], "o", color=colour, markersize=7, markerfacecolor="none")
+        axes.plot(xs[1:], ys[1:], "o", color=colour, markersize=4)
+        keys.append(Key(colour, "thick", task))
+        lengths += xs
+        shares += ys
+    axes.set_xlim(0, 1.06 * max(lengths))
+    axes.set_xlabel("tokens an answer", fontsize=FONT, color=MUTED)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
+    fit(axes, np.array(shares), room=0.05)
+    return Panel(
+        "accuracy-length", "Right answers and their length", "held-out problems", figure,
+        tuple(keys), f"From {', then '.join(figures)}: the ring is the first.", by="length",
+    )  # fmt: skip
 
 
 def _rows(figures: list[Mapping[str, Any]]) -> Iterator[StageRow]:
