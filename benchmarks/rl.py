@@ -57,6 +57,11 @@ class Job:
     rows_of: int = 4
     threads: int = 2
 
+    def write(self, file: Path) -> str:
+        """Write it for the learners, whose command lines have no room for the prompts."""
+        file.write_text(json.dumps(asdict(self)), "utf-8")
+        return str(file)
+
 
 def job_of(checkpoint: Path, options: argparse.Namespace) -> Job:
     """Write the prompts of all steps: small tasks, as chats."""
@@ -76,13 +81,13 @@ def job_of(checkpoint: Path, options: argparse.Namespace) -> Job:
 
 def ours(checkpoint: Path, job: Job, logs: Path) -> Worker:
     command = [sys.executable, str(SUPPORT / "learner_ziphius.py"), str(checkpoint)]
-    command += [json.dumps(asdict(job)), str(logs / "kernels")]
+    command += [job.write(logs / "job.json"), str(logs / "kernels")]
     return Worker(OURS, command, {}, logs / "ziphius.log")
 
 
 def theirs(python: str, checkpoint: Path, job: Job, variant: str, logs: Path) -> Worker:
     command = [python, str(SUPPORT / "learner_trl.py"), str(checkpoint)]
-    command += [json.dumps(asdict(job)), variant]
+    command += [job.write(logs / "job.json"), variant]
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return Worker(f"{THEIRS} {variant}", command, quiet, logs / f"trl-{variant}.log")
 

@@ -1,6 +1,6 @@
 """trl's GRPO on transformers' model, a step a request: ``learner_trl.py CHECKPOINT JOB VARIANT``.
 
-``JOB`` is the JSON of ``rl.Job`` with its prompts. A variant is transformers' implementation of
+``JOB`` is a file with ``rl.Job``. A variant is transformers' implementation of
 experts and how many answers go through the model at once when it learns, ``grouped_mm+64``.
 """
 
@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from protocol import serve
@@ -111,4 +112,4 @@ def share_of_vowels(text: str) -> float:
 
 if __name__ == "__main__":
     checkpoint, job, variant = sys.argv[1:]
-    serve(lambda: Learner(checkpoint, json.loads(job), variant))
+    serve(lambda: Learner(checkpoint, json.loads(Path(job).read_text("utf-8")), variant))

@@ -1,6 +1,6 @@
 """Our GRPO, a step a request: ``learner_ziphius.py CHECKPOINT JOB CACHE``.
 
-``JOB`` is the JSON of ``rl.Job`` with its prompts; compiled kernels are kept in ``CACHE``.
+``JOB`` is a file with ``rl.Job``; compiled kernels are kept in ``CACHE``.
 """
 
 from __future__ import annotations
@@ -97,4 +97,4 @@ class _Follower:
 
 if __name__ == "__main__":
     checkpoint, job, cache = sys.argv[1:]
-    serve(lambda: Learner(checkpoint, json.loads(job), cache))
+    serve(lambda: Learner(checkpoint, json.loads(Path(job).read_text("utf-8")), cache))

@@ -14,10 +14,11 @@ from ziphius.inference.logprobs import Scored
 from ziphius.inference.noise import Noise
 from ziphius.inference.outputs import CompletionOutput, Delta
 from ziphius.inference.params import SamplingParams
-from ziphius.inference.sampler import Sampler
+from ziphius.inference.sampler import Sampled, Sampler
 from ziphius.inference.stop import AnswerText, Finish
 from ziphius.inference.verification import Coupled, Verifier
 from ziphius.inference.vocabulary import Vocabulary
+from ziphius.kernels.draw import Draw
 
 
 class Answer:
@@ -38,11 +39,14 @@ class Answer:
         vocabulary: Vocabulary | None,
         matcher: Matcher | None,
         verifier: type[Verifier] = Coupled,
+        draw: Draw | None = None,
     ) -> None:
         self.index, self.params = index, params
         noise = Noise(seed, index)
-        sampler = Sampler(params, prompt, noise, stop_ids=end_ids, vocabulary=vocabulary)
-        self.verifier = verifier(sampler)
+        self.sampler = Sampler(
+            params, prompt, noise, stop_ids=end_ids, vocabulary=vocabulary, draw=draw
+        )
+        self.verifier = verifier(self.sampler)
         self.text = AnswerText(vocabulary, params, end_ids)
         self.matcher = matcher
         self.output: list[int] = []
@@ -59,14 +63,25 @@ class Answer:
         """Whether nothing more will come."""
         return self.finish_reason is not None
 
-    def take(self, logits: Sequence[Row], drafts: Sequence[int]) -> list[int]:
+    @property
+    def plain(self) -> bool:
+        """Whether the next choices are a kernel's alone, and need nothing of this answer."""
+        verifier, length = self.verifier, len(self.output)
+        return self.matcher is None and isinstance(verifier, Coupled) and self.sampler.plain(length)
+
+    def take(
+        self, logits: Sequence[Row], drafts: Sequence[int], ready: Sequence[Sampled | None] = ()
+    ) -> list[int]:
         """Choose the next tokens; return them, accepted drafts and then one more, or fewer at the
         end of the answer. An error ends it, and nothing else.
+
+        ``ready`` are choices that a kernel has made already, where it could.
         """
         new: list[int] = []
+        ready = ready or [None] * len(logits)
         try:
-            for row_V, draft in zip(logits, [*drafts, None], strict=True):
-                token = self._choose(row_V, draft)
+            for row_V, draft, made in zip(logits, [*drafts, None], ready, strict=True):
+                token = self._choose(row_V, draft, made)
                 new.append(token)
                 if self.finished or token != draft:
                     break
@@ -76,9 +91,9 @@ class Answer:
             self.fail(f"{type(error).__name__}: {in_one_line(error)}")
         return new
 
-    def _choose(self, row_V: Row, draft: int | None) -> int:
+    def _choose(self, row_V: Row, draft: int | None, made: Sampled | None) -> int:
         mask = self.matcher.mask() if self.matcher is not None else None
-        sampled = self.verifier.choose(row_V, self.output, mask, draft)
+        sampled = made or self.verifier.choose(row_V, self.output, mask, draft)
         token = sampled.token
         self.output.append(token)
         self.delta.token_ids.append(token)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ziphius.config.errors import BadInput
 from ziphius.inference.answer import Answer
+from ziphius.inference.drawing import draw_plain
 from ziphius.inference.errors import RequestError
 from ziphius.inference.forward import Forward
 from ziphius.inference.grammar import Grammars, Matcher
@@ -22,11 +23,13 @@ from ziphius.inference.paged import Feed, PagedCache
 from ziphius.inference.pages import PagePool
 from ziphius.inference.params import SamplingParams
 from ziphius.inference.request import Request
+from ziphius.inference.sampler import Sampled
 from ziphius.inference.scheduler import FOREVER, Scheduler
 from ziphius.inference.sequence import Chunk, Sequence, Stats, Step
 from ziphius.inference.speculation import Acceptance, Drafter, Mode, Pace
 from ziphius.inference.verification import Verification, verifier
 from ziphius.inference.vocabulary import Vocabulary
+from ziphius.kernels.draw import Draw
 from ziphius.model.transformer import Transformer
 
 
@@ -62,6 +65,11 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def _chooses(chunk: Chunk) -> bool:
+    """Whether a token is to follow the prompt: some requests only want it scored."""
+    return chunk.sequence.max_length > chunk.sequence.prompt_length
+
+
 class Engine:
     """Answers many requests at once with one model, on the thread that calls it.
 
@@ -89,6 +97,8 @@ class Engine:
         self.cache = PagedCache(model, n_pages, options.page_size, experts=options.keep_experts)
         self.pool = PagePool(n_pages, options.page_size, reuse=options.prefix_cache)
         self.forward = Forward(model, self.cache, exact=options.exact)
+        make_draw = model.kernels.function("draw")
+        self.draw: Draw | None = make_draw() if make_draw is not None else None
         drafting = options.speculation != "off" and len(model.mtp) > 0
         if options.speculation == "on" and not model.mtp:
             raise BadInput("speculation = on: this checkpoint has no MTP module to draft with")
@@ -141,7 +151,7 @@ class Engine:
         answers = [
             Answer(
                 params, prompt_ids, index, seed, self.end_ids, self.vocabulary,
-                self._matcher(params), self.verifier,
+                self._matcher(params), self.verifier, self.draw,
             )
             for index in range(params.n)
         ]  # fmt: skip
@@ -235,19 +245,21 @@ class Engine:
             return list(touched)
         self.cache.copy(step.copies)
         hidden_ND = self.forward.hidden([Feed.of(chunk) for chunk in step.chunks])
-        rows = self._logits(step.chunks, hidden_ND)
+        logits_NV, places = self._logits(step.chunks, hidden_ND)
+        ready = self._ready(step.chunks, logits_NV, places)
         confirmed: dict[Sequence, list[int]] = {}
         finished = []
-        for chunk, chunk_rows in zip(step.chunks, rows, strict=True):
+        for chunk, place, made in zip(step.chunks, places, ready, strict=True):
             request, answer = self._requests[chunk.sequence]
+            rows = list(logits_NV.numpy()[place.start : place.stop])
             try:
-                request.score_prompt(chunk, chunk_rows)
+                request.score_prompt(chunk, rows, self.draw)
             except RequestError as error:
                 answer.fail(str(error))
             if not (chunk.ends or answer.finished):
                 continue
             touched[request] = None
-            new = [] if answer.finished else self._choose(chunk, chunk_rows, request, answer)
+            new = [] if answer.finished else self._choose(chunk, rows, made, request, answer)
             if new:
                 confirmed[chunk.sequence] = new
             if answer.finished:
@@ -261,32 +273,50 @@ class Engine:
         self._count(step.chunks, confirmed, drafting, began)
         return list(touched)
 
-    def _logits(self, chunks: List[Chunk], hidden_ND: Tensor) -> list[list[Row]]:
-        """Return the logits that each chunk wants, a row a position."""
+    def _logits(self, chunks: List[Chunk], hidden_ND: Tensor) -> tuple[Tensor, list[range]]:
+        """Return the logits that all chunks want, a row a position, and each chunk's rows."""
         wanted: list[int] = []
+        places: list[range] = []
         end = 0
         for chunk in chunks:
             end += len(chunk.tokens)
+            places.append(range(len(wanted), len(wanted) + chunk.logits))
             wanted += range(end - chunk.logits, end)
         if not wanted:
-            return [[] for _ in chunks]
+            return torch.empty(0, self.model.config.vocab_size), places
         rows = torch.tensor(wanted, device=hidden_ND.device)
-        logits = self.forward.logits(hidden_ND[rows]).numpy()
-        each, start = [], 0
-        for chunk in chunks:
-            each.append(list(logits[start : start + chunk.logits]))
-            start += chunk.logits
-        return each
+        return self.forward.logits(hidden_ND[rows]), places
 
-    def _choose(self, chunk: Chunk, rows: List[Row], request: Request, answer: Answer) -> list[int]:
+    def _ready(
+        self, chunks: List[Chunk], logits_NV: Tensor, places: List[range]
+    ) -> list[List[Sampled | None]]:
+        """Make the choices that a kernel can make for many answers at once."""
+        answers = [
+            self._requests[chunk.sequence][1] if chunk.ends and _chooses(chunk) else None
+            for chunk in chunks
+        ]
+        last = [
+            place[len(place) - 1 - chunk.drafts :]
+            for place, chunk in zip(places, chunks, strict=True)
+        ]
+        return draw_plain(self.draw, logits_NV, last, answers)
+
+    def _choose(
+        self,
+        chunk: Chunk,
+        rows: List[Row],
+        ready: List[Sampled | None],
+        request: Request,
+        answer: Answer,
+    ) -> list[int]:
         """Choose a chunk's tokens and end its answer where it ends."""
         sequence = chunk.sequence
-        if sequence.max_length == sequence.prompt_length:
+        if not _chooses(chunk):
             answer.stop_at_length()
             return []
         first = len(chunk.tokens) - chunk.drafts
         drafts = chunk.tokens[first:]
-        new = answer.take(rows[len(rows) - 1 - chunk.drafts :], drafts)
+        new = answer.take(rows[len(rows) - 1 - chunk.drafts :], drafts, ready)
         if drafts:
             judged = min(len(drafts), len(new))  # fewer where the answer ended with a draft
             accepted = judged - (new[:judged] != drafts[:judged])

@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Row = NDArray[np.floating[Any]]
 Ids = NDArray[np.intp]
@@ -21,6 +23,11 @@ Ids = NDArray[np.intp]
 # Whole rows of float64 or of 64-bit noise are worked through in blocks that stay in a processor's
 # cache: memory for a row of 129,280 is fetched anew from the system each time, which costs more.
 BLOCK = 8192
+
+
+def alone(logits_V: Row) -> Tensor:
+    """Return a row as a batch of one."""
+    return torch.from_numpy(np.ascontiguousarray(logits_V)).unsqueeze(0)
 
 
 def ids(tokens: Sequence[int]) -> Ids:

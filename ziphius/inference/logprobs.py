@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ziphius.inference.logits import BLOCK, Ids, Row
+from ziphius.inference.logits import BLOCK, Ids, Row, alone
 from ziphius.inference.params import ALL
+from ziphius.kernels.draw import Draw
 
 # Rows are cut into so many pieces; the largest of each say what the largest of all must exceed.
 _PIECE = 64
@@ -34,14 +35,20 @@ class Scored(NamedTuple):
     top: tuple[Alternative, ...]
 
 
-def score(logits_V: Row, token: int, count: int) -> Scored:
+def score(logits_V: Row, token: int, count: int, draw: Draw | None = None) -> Scored:
     """Return ``token``'s log-softmax in a row, and the ``count`` likeliest (-1: every token).
 
-    The softmax is taken in float64. The row must have no NaN and no plus infinity.
+    The softmax is taken in float64, by ``draw`` where it can. The row must have no NaN and no plus
+    infinity.
     """
     value = logits_V[token]
-    normaliser = log_sum_exp(logits_V)
-    rank = 1 + np.count_nonzero(logits_V > value) + np.count_nonzero(logits_V[:token] == value)
+    if draw is not None and logits_V.dtype == np.float32:
+        sums, ranks = draw.log_sums(alone(logits_V), [0], np.array([token]))
+        normaliser, rank = float(sums[0]), int(ranks[0])
+    else:
+        normaliser = log_sum_exp(logits_V)
+        above, equal = logits_V > value, logits_V[:token] == value
+        rank = 1 + int(np.count_nonzero(above) + np.count_nonzero(equal))
     best = largest(logits_V, len(logits_V) if count == ALL else count)
     order = best[np.argsort(-logits_V[best], kind="stable")]
     top = tuple(
@@ -50,7 +57,7 @@ def score(logits_V: Row, token: int, count: int) -> Scored:
             zip(order.tolist(), logits_V[order].tolist(), strict=True), 1
         )
     )
-    return Scored(token, float(value) - normaliser, int(rank), top)
+    return Scored(token, float(value) - normaliser, rank, top)
 
 
 def log_sum_exp(logits_V: Row) -> float:

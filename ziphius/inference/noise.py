@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ziphius.inference.logits import BLOCK, Row
+from ziphius.kernels.draw import Name
 
 _WORDS = 4  # 64-bit numbers that Philox makes of one count
 # So many tokens' numbers are had one by one; for more it is faster to draw everybody's.
@@ -90,6 +91,10 @@ class Noise:
             scores_N = (logits_V[runs_N].astype(np.float64) - top) / temperature
         scores_N -= np.log(_exponential(np.concatenate(drawn)))
         return int(runs_N[scores_N.argmax()])
+
+    def name(self, position: int) -> Name:
+        """Return what a kernel is to know of the noise of a token."""
+        return Name(self.seed, position, self.index)
 
     def uniform(self, position: int, stream: Stream) -> float:
         """Draw one number between 0 and 1, neither of them."""

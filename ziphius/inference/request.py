@@ -13,6 +13,7 @@ from ziphius.inference.logprobs import Scored, score
 from ziphius.inference.outputs import RequestOutput
 from ziphius.inference.params import SamplingParams
 from ziphius.inference.sequence import Chunk, Sequence
+from ziphius.kernels.draw import Draw
 
 
 class Request:
@@ -38,11 +39,11 @@ class Request:
         """Whether every answer has ended."""
         return all(answer.finished for answer in self.answers)
 
-    def score_prompt(self, chunk: Chunk, rows: List[Row]) -> None:
+    def score_prompt(self, chunk: Chunk, rows: List[Row], draw: Draw | None) -> None:
         """Note the log-probabilities of the prompt tokens that follow a chunk's last positions.
 
-        ``rows`` are the chunk's wanted logits, in order. What is known already stays. Raises
-        RequestError for a row with NaN or infinity.
+        ``rows`` are the chunk's wanted logits, in order; ``draw`` sums them. What is known already
+        stays. Raises RequestError for a row with NaN or infinity.
         """
         count = self.params.prompt_logprobs
         if count is None or chunk.sequence.index:
@@ -55,7 +56,8 @@ class Request:
                         f"the model's logits at prompt position {position} hold NaN or infinity: "
                         "the next token has no log-probability"
                     )
-                self.prompt_logprobs.append(score(row_V, self.prompt_ids[position + 1], count))
+                token = self.prompt_ids[position + 1]
+                self.prompt_logprobs.append(score(row_V, token, count, draw))
 
     def result(self) -> RequestOutput:
         """Return everything so far."""

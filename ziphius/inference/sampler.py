@@ -19,6 +19,7 @@ from ziphius.inference.logprobs import Alternative, exp_sum, largest, score
 from ziphius.inference.noise import Noise
 from ziphius.inference.params import SamplingParams
 from ziphius.inference.vocabulary import Vocabulary
+from ziphius.kernels.draw import Draw
 
 # Of log-weights for top-p: so many to a factor of e, and the number of the last one.
 _STEPS, _LAST_STEP = 32, 4095
@@ -63,12 +64,14 @@ class Sampler:
         *,
         stop_ids: Collection[int] = (),
         vocabulary: Vocabulary | None = None,
+        draw: Draw | None = None,
     ) -> None:
         """``stop_ids`` end the answer besides ``params.stop_token_ids``: the model's end tokens.
 
+        ``draw`` computes what it can of rows in float32, which then must come from it everywhere.
         Raises BadInput for ``bad_words`` without the vocabulary that spells them.
         """
-        self.params, self.noise = params, noise
+        self.params, self.noise, self.draw = params, noise, draw
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(stop_ids))
         self.stop_ids = frozenset(ends)
         self._stop_ids = rows.ids(sorted(ends))
@@ -120,14 +123,29 @@ class Sampler:
             waits_N = self.noise.exponentials(len(output), len(row_V), kept.ids_N)
             token = int(kept.ids_N[(kept.scaled_N - np.log(waits_N)).argmax()])
         elif self.params.temperature > 0:
-            token = self.noise.race(len(output), row_V, self.params.temperature)
+            token = self._race(row_V, len(output))
         return token
+
+    def plain(self, length: int) -> bool:
+        """Whether the choice behind ``length`` tokens is a kernel's alone: see ``Draw``.
+
+        It is where nothing changes or filters the row and no likeliest tokens are asked for.
+        """
+        early = length < self.params.min_tokens and len(self._stop_ids) > 0
+        return not (self._changes or self._filters or early or self.params.logprobs)
+
+    def _race(self, row_V: Row, position: int) -> int:
+        temperature = self.params.temperature
+        if self.draw is None or row_V.dtype != np.float32:
+            return self.noise.race(position, row_V, temperature)
+        names = [self.noise.name(position)]
+        return int(self.draw.tokens(rows.alone(row_V), [0], names, [temperature])[0])
 
     def report(self, logits_V: Tensor | Row, token: int) -> Sampled:
         """Return a token with what the request wants to know of it, by the raw logits."""
         if self.params.logprobs is None:
             return Sampled(token)
-        return Sampled(*score(as_row(logits_V), token, self.params.logprobs))
+        return Sampled(*score(as_row(logits_V), token, self.params.logprobs, self.draw))
 
     def distribution(
         self,

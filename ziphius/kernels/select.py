@@ -20,6 +20,7 @@ from ziphius.kernels import (
     adamw,
     attention,
     choose,
+    draw,
     e5m6,
     expand,
     gemm,
@@ -66,6 +67,7 @@ OPERATIONS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
     "residual": (rows.RESIDUAL_VERSIONS, rows.RESIDUAL_COMPILED),
     "join": (rows.JOIN_VERSIONS, rows.JOIN_COMPILED),
     "widen": (rows.WIDEN_VERSIONS, rows.WIDEN_COMPILED),
+    "draw": (draw.VERSIONS, draw.COMPILED),
     "quantize": (quantize.VERSIONS, quantize.COMPILED),
     "gemm": (gemm.VERSIONS, gemm.COMPILED),
     "grouped_gemm": (grouped_gemm.VERSIONS, grouped_gemm.COMPILED),
@@ -109,7 +111,7 @@ ANSWER_ON_GPUS = (
 )  # fmt: skip
 # Their compiled versions have no backward.
 ANSWERING = frozenset(
-    {"linear", "sigmoid", "gate", "mixture", "latent", "residual", "join", "widen"}
+    {"linear", "sigmoid", "gate", "mixture", "latent", "residual", "join", "widen", "draw"}
 )
 
 
@@ -143,6 +145,7 @@ class Kernels:
     residual: str = "torch"
     join: str = "torch"
     widen: str = "torch"
+    draw: str = "torch"
     quantize: str = "torch"
     gemm: str = "reference"
     grouped_gemm: str = "reference"
