@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ziphius.kernels.loss import IGNORED
+from ziphius.kernels.loss import IGNORED, Rows, cross_entropy_rows
 
 
 class Softmax(Protocol):
@@ -18,23 +18,29 @@ class Softmax(Protocol):
         """Return the logarithm of the sum of exponentials, and the target's logit, ``[n]``."""
         ...
 
-    def place(self, targets_n: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Return the targets' columns here, int64 ``[n]``, and which targets are here, bool."""
+    def less_target(self, logits_nv: Tensor, targets_n: Tensor, lse_n: Tensor) -> None:
+        """Put ``softmax - onehot(target)`` in the place of logits; ``lse`` is what they gave."""
         ...
 
 
 class WholeSoftmax:
-    """All logits are here."""
+    """All logits are here. ``rows_loss`` is a version of ``cross_entropy_rows``."""
+
+    def __init__(self, rows_loss: Rows = cross_entropy_rows) -> None:
+        self.rows_loss = rows_loss
 
     def reduce(self, logits_nv: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
         return logits_nv.logsumexp(-1), logits_nv.gather(1, targets_n[:, None]).squeeze(1)
 
-    def place(self, targets_n: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        return targets_n, torch.ones_like(targets_n, dtype=torch.bool)
+    def less_target(self, logits_nv: Tensor, targets_n: Tensor, lse_n: Tensor) -> None:
+        self.rows_loss(logits_nv, targets_n)
 
 
 class _LinearLogProbs(torch.autograd.Function):
-    """Backward computes the logits again, chunk by chunk: they are the largest tensor of all."""
+    """Backward computes the logits again, chunk by chunk: they are the largest tensor of all.
+
+    Rows that do not count, such as prompts and padding, have no logits.
+    """
 
     @staticmethod
     def forward(
@@ -49,36 +55,36 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx.chunk, ctx.softmax = chunk, softmax
         ctx.dtype = _dtype(hidden_ND, widened)
         used_vD = weight_vD.to(ctx.dtype)
-        counted_N = targets_N != IGNORED
-        known_N = targets_N.where(counted_N, 0)
+        counted_M = (targets_N != IGNORED).nonzero().squeeze(1)
+        targets_M = targets_N[counted_M]
         high = torch.promote_types(hidden_ND.dtype, torch.float32)
-        lse_N, target_N = hidden_ND.new_empty(2, len(hidden_ND), dtype=high)
-        for start in range(0, len(hidden_ND), chunk):
+        lse_M, target_M = hidden_ND.new_empty(2, len(counted_M), dtype=high)
+        for start in range(0, len(counted_M), chunk):
             rows = slice(start, start + chunk)
-            logits_nv = (hidden_ND[rows].to(ctx.dtype) @ used_vD.T).to(high)
-            lse_N[rows], target_N[rows] = softmax.reduce(logits_nv, known_N[rows])
-        ctx.save_for_backward(hidden_ND, weight_vD, known_N, counted_N, lse_N)
-        return (target_N - lse_N).masked_fill(~counted_N, 0)
+            logits_nv = (hidden_ND[counted_M[rows]].to(ctx.dtype) @ used_vD.T).to(high)
+            lse_M[rows], target_M[rows] = softmax.reduce(logits_nv, targets_M[rows])
+        ctx.save_for_backward(hidden_ND, weight_vD, counted_M, targets_M, lse_M)
+        found_N = lse_M.new_zeros(len(hidden_ND))
+        found_N[counted_M] = target_M - lse_M
+        return found_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_vD, known_N, counted_N, lse_N = ctx.saved_tensors
+        hidden_ND, weight_vD, counted_M, targets_M, lse_M = ctx.saved_tensors
         used_vD = weight_vD.to(ctx.dtype)
-        scale_N = grads[0].masked_fill(~counted_N, 0)
-        dhidden_ND = torch.empty_like(hidden_ND)
-        dweight_vD = torch.zeros_like(weight_vD, dtype=lse_N.dtype)
-        for start in range(0, len(hidden_ND), ctx.chunk):
+        dhidden_ND = torch.zeros_like(hidden_ND)
+        dweight_vD = torch.zeros_like(weight_vD, dtype=lse_M.dtype)
+        for start in range(0, len(counted_M), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            hidden_nD, scale_n1 = hidden_ND[rows].to(ctx.dtype), scale_N[rows, None]
-            logits_nv = (hidden_nD @ used_vD.T).to(lse_N.dtype)
-            # g (onehot - softmax)
-            dlogits_nv = (logits_nv - lse_N[rows, None]).exp_().mul_(-scale_n1)
-            columns_n, here_n = ctx.softmax.place(known_N[rows], len(weight_vD))
-            dlogits_nv.scatter_add_(1, columns_n[:, None], scale_n1 * here_n[:, None])
-            dlogits_nv = dlogits_nv.to(ctx.dtype)
-            dhidden_ND[rows] = (dlogits_nv @ used_vD).to(dhidden_ND.dtype)
-            dweight_vD += dlogits_nv.T @ hidden_nD
+            counted_n = counted_M[rows]
+            hidden_nD, scale_n1 = hidden_ND[counted_n].to(ctx.dtype), grads[0][counted_n, None]
+            # -g (softmax - onehot), with g on the narrow side of both products
+            residual_nv = hidden_nD @ used_vD.T
+            ctx.softmax.less_target(residual_nv, targets_M[rows], lse_M[rows])
+            dhidden_nD = (residual_nv @ used_vD).to(lse_M.dtype).mul_(-scale_n1)
+            dhidden_ND[counted_n] = dhidden_nD.to(dhidden_ND.dtype)
+            dweight_vD += residual_nv.T @ (hidden_nD * -scale_n1).to(ctx.dtype)
         return dhidden_ND, dweight_vD.to(weight_vD.dtype), None, None, None, None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ziphius.config.errors import BadInput
 from ziphius.config.model import ModelConfig
 from ziphius.kernels.latent import LatentPages
-from ziphius.kernels.log_probs import Softmax, linear_log_probs
+from ziphius.kernels.log_probs import Softmax, WholeSoftmax, linear_log_probs
 from ziphius.kernels.loss import linear_cross_entropy
 from ziphius.kernels.select import Kernels
 from ziphius.model.block import Block
@@ -226,7 +226,7 @@ class Transformer(nn.Module):
             self.lm_head.weight,
             targets_N,
             widened=self.kernels.product_dtype(hidden_ND.dtype) != hidden_ND.dtype,
-            softmax=softmax,
+            softmax=softmax or WholeSoftmax(self.kernels.function("loss")),
         )
 
     def scores(self, hidden_BTD: Tensor) -> Tensor:

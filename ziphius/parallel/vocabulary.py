@@ -95,13 +95,20 @@ class SplitSoftmax:
         self.axis, self.first = axis, first
 
     def reduce(self, logits_nv: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
-        columns_n, here_n = self.place(targets_n, logits_nv.shape[1])
+        columns_n, here_n = self._place(targets_n, logits_nv.shape[1])
         target_n = logits_nv.gather(1, columns_n[:, None]).squeeze(1).masked_fill(~here_n, 0)
         largest_n = self.axis.all_reduce(logits_nv.amax(-1), dist.ReduceOp.MAX)
         sum_n = (logits_nv - largest_n[:, None]).exp_().sum(-1)
         sums_2n = self.axis.all_reduce(torch.stack((sum_n, target_n)))
         return largest_n + sums_2n[0].log(), sums_2n[1]
 
-    def place(self, targets_n: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    def less_target(self, logits_nv: Tensor, targets_n: Tensor, lse_n: Tensor) -> None:
+        columns_n, here_n = self._place(targets_n, logits_nv.shape[1])
+        softmax_nv = (logits_nv.to(lse_n.dtype) - lse_n[:, None]).exp_()
+        softmax_nv.scatter_add_(1, columns_n[:, None], -here_n[:, None].to(softmax_nv.dtype))
+        logits_nv.copy_(softmax_nv)
+
+    def _place(self, targets_n: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Return the targets' columns here, int64 ``[n]``, and which targets are here, bool."""
         here_n = (targets_n >= self.first) & (targets_n < self.first + width)
         return torch.where(here_n, targets_n - self.first, 0), here_n
