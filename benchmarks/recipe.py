@@ -30,7 +30,9 @@ from ziphius.training.text import prepare_text
 TOLD = ("sft", "control", "grpo")
 
 
-def one_seed(run: Path, out: Path, seed: int, minutes: float, console: Console) -> dict[str, Any]:
+def one_seed(
+    run: Path, out: Path, seed: int, minutes: float, given: list[str], console: Console
+) -> dict[str, Any]:
     """Train one seed's three models; return what each answers."""
     if out.exists():
         shutil.rmtree(out)
@@ -41,7 +43,7 @@ def one_seed(run: Path, out: Path, seed: int, minutes: float, console: Console) 
     recipe = load_recipe(str(run / "recipe.toml"))
     with Display(console) as display:
         text = prepare_text(recipe, display)
-        settings = [f"run.seed={seed}"]
+        settings = [*given, f"run.seed={seed}"]
         work = Miniature(out, settings, seconds, None, display, never_stopping)
         found = {stage: work.run(stage, list(text.corpus.train)) for stage in ("sft", "grpo")}
         # As often as the time allows, at a rate that has begun to fall.
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--minutes", type=float, default=12.0, help="as of a quickstart")
     parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
+    parser.add_argument("--set", action="append", default=[], help="of the recipe, as grpo.steps=9")
     parser.add_argument("--record", action="store_true", help="keep the result in results/")
     options = parser.parse_args()
     if not (options.minutes > 0 and math.isfinite(options.minutes)):
@@ -88,7 +91,7 @@ def main() -> None:
     seeds = {}
     for seed in map(int, options.seeds.split(",")):
         out = options.out / str(seed)
-        seeds[str(seed)] = one_seed(options.run, out, seed, options.minutes, console)
+        seeds[str(seed)] = one_seed(options.run, out, seed, options.minutes, options.set, console)
     show(seeds, console)
     over_sft, over_control = gains(seeds, "sft"), gains(seeds, "control")
     figures = {"points_over_sft": over_sft, "points_over_control": over_control, "seeds": seeds}

@@ -51,6 +51,7 @@ def test_a_rank_that_is_killed_ends_the_job_and_three_go_on(
     out = tmp_path / "run"
     with Torchrun(*begun(words, out), ranks=4, log=tmp_path / "log") as job:
         job.until_step(out, 9)
+        job.until((out / "stages" / "pretrain" / "step-8" / "manifest.json").is_file)
         os.kill(job.workers()[2], signal.SIGKILL)
         began = time.monotonic()
         assert job.code() == 1
