@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import ziphius
 from tests.cli.verbs import letters, metrics, refusal, settings, ziphius_exits
 from tests.training.support import write_text
-from ziphius.cli.miniature import seconds_of
+from ziphius.cli.miniature import Miniature, seconds_of
+from ziphius.config.errors import BadInput
+from ziphius.training.loop import never_stopping
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +28,20 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not measure the machine in every run: it takes longer than the run."""
     monkeypatch.setattr("ziphius.training.run.peak_flops", lambda device, dtype: 1e9)
+
+
+def test_rows_without_room_for_needles_do_not_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BadInput("rows of 64 tokens have no room for facts")
+
+    said: list[str] = []
+    monkeypatch.setattr("ziphius.cli.extend.ask_needles", refuse)
+    display: Any = SimpleNamespace(say=said.append)
+    work = Miniature(tmp_path, [], {}, 2, display, never_stopping)
+    assert work._needles(None) == {}  # type: ignore[arg-type]
+    assert said[-1] == "no needles are asked: rows of 64 tokens have no room for facts"
 
 
 def test_quickstart_ends_with_every_figure_it_promises(

@@ -117,8 +117,12 @@ class Miniature:
         return figures_of(trained.summary) | {"needles": self._needles(trained)}
 
     def _needles(self, trained: Trained) -> dict[str, float]:
-        """Ask needles before and after; return the share that is found, by map."""
+        """Ask needles before and after; return the share that is found, by map.
+
+        Nothing where rows are too short for them: the stages after this one need none.
+        """
         from ziphius.cli.extend import ask_needles
+        from ziphius.config.errors import BadInput
         from ziphius.evaluation.long_context import write_needles
         from ziphius.report.page import write_report
 
@@ -127,14 +131,18 @@ class Miniature:
         def tell(name: str, done: int, total: int) -> None:
             self.display.progress(done, total)
 
-        found = ask_needles(
-            self.out,
-            self.folder("extend"),
-            _NEEDLES,
-            trained,
-            position_bytes=_POSITION_BYTES,
-            on_progress=tell,
-        )
+        try:
+            found = ask_needles(
+                self.out,
+                self.folder("extend"),
+                _NEEDLES,
+                trained,
+                position_bytes=_POSITION_BYTES,
+                on_progress=tell,
+            )
+        except BadInput as error:
+            self.display.say(f"no needles are asked: {error}")
+            return {}
         write_needles(found, self.out)  # the whole report shows them too
         write_report(self.folder("extend"))
         return {name: fmean(map(fmean, rows)) for name, rows in found["maps"].items()}
