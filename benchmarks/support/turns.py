@@ -21,13 +21,15 @@ class Turns:
         self._asked: queue.Queue[None] = queue.Queue()
         self._told: queue.Queue[dict[str, Any]] = queue.Queue()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._began = 0.0
+        self._began, self._ended = 0.0, ""
 
     def step(self) -> dict[str, Any]:
         """Let it do a step; return what the step told, and its ``seconds``.
 
         Raises RuntimeError where training ends or fails instead.
         """
+        if self._ended:
+            raise RuntimeError(self._ended)
         if not self._thread.is_alive():
             self._thread.start()
             self._began = time.perf_counter()
@@ -35,7 +37,8 @@ class Turns:
             self._asked.put(None)
         told = self._told.get()
         if "ended" in told:
-            raise RuntimeError(told["ended"])
+            self._ended = told["ended"]
+            raise RuntimeError(self._ended)
         return told
 
     def finished(self, **told: Any) -> None:

@@ -14,7 +14,8 @@ import ziphius
 from tests.cli.verbs import letters, metrics, refusal, settings, ziphius_exits
 from tests.training.support import write_text
 from ziphius.cli.miniature import Miniature, seconds_of
-from ziphius.config.errors import BadInput
+from ziphius.config.recipe import dump_recipe, load_recipe
+from ziphius.data.tokenizer import train_tokenizer
 from ziphius.training.loop import never_stopping
 
 
@@ -33,15 +34,24 @@ def _known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_without_room_for_needles_do_not_end_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise BadInput("rows of 64 tokens have no room for facts")
-
-    said: list[str] = []
-    monkeypatch.setattr("ziphius.cli.extend.ask_needles", refuse)
+    """The stages after the extension need none, and its report is written."""
+    tokenizer = train_tokenizer(iter(["Remember Belon K D W R.\n" * 9]), 300)
+    short: Any = SimpleNamespace(
+        stage=SimpleNamespace(tokenizer=tokenizer), summary={"yarn_original_context": 16}
+    )
+    said, written = list[str](), list[Path]()
+    monkeypatch.setattr("ziphius.report.page.write_report", written.append)
     display: Any = SimpleNamespace(say=said.append)
     work = Miniature(tmp_path, [], {}, 2, display, never_stopping)
-    assert work._needles(None) == {}  # type: ignore[arg-type]
-    assert said[-1] == "no needles are asked: rows of 64 tokens have no room for facts"
+    folder = work.folder("extend")
+    folder.mkdir()
+    recipe = load_recipe(
+        "tiny", ["extend.lengths=[32]", "extend.batch_sizes=[1]", "extend.steps=[1]"]
+    )
+    (folder / "recipe.toml").write_text(dump_recipe(recipe), "utf-8")
+    assert work._needles(short) == {}
+    assert said == ["rows are too short for needles: none are asked"]
+    assert written == [folder]
 
 
 def test_quickstart_ends_with_every_figure_it_promises(

@@ -15,7 +15,7 @@ from tests.training.support import assert_same_run, metrics, overrides
 REWARDED = (*REINFORCED, "grpo.steps=12", "grpo.tasks=remainders", "grpo.rewards=language:en")
 TOLD = (
     *("sft.sequence_length=64", "sft.batch_size=2", "sft.micro_batch_size=2", "sft.epochs=2"),
-    *("run.checkpoint_every=3", "run.kernels=torch"),
+    *("run.checkpoint_every=2", "run.kernels=torch"),
 )
 ANSWERED = 5
 

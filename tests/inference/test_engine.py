@@ -56,9 +56,12 @@ def bits(request: Request) -> list[Any]:
     """Return everything that must not depend on how a request was computed."""
     result = request.result()
     return [
-        (o.token_ids, o.finish_reason, [(s.token, s.logprob, s.rank, s.top) for s in o.logprobs])
+        (
+            o.token_ids,
+            o.finish_reason,
+            [(s.token, s.logprob, s.rank, s.top) for s in o.logprobs or ()],
+        )
         for o in result.outputs
-        if o.logprobs is not None
     ] + [result.prompt_logprobs]
 
 
@@ -98,10 +101,12 @@ JOBS = st.lists(
             "max_tokens": st.integers(1, 20),
             "temperature": st.sampled_from([0.0, 0.7, 1.5]),
             "n": st.sampled_from([1, 1, 3]),
-            "top_k": st.sampled_from([0, 5]),
-            "repetition_penalty": st.sampled_from([1.0, 1.3]),
+            "top_k": st.sampled_from([0, 0, 5]),
+            "repetition_penalty": st.sampled_from([1.0, 1.0, 1.3]),
+            # With 3 the sampler chooses, else a kernel for many answers at once.
+            "logprobs": st.sampled_from([None, 0, 3]),
             # Of few tokens many drafts are right.
-            "allowed_token_ids": st.sampled_from([None, [5, 9], [7, 8, 30]]),
+            "allowed_token_ids": st.sampled_from([None, None, [5, 9], [7, 8, 30]]),
             "prompt_logprobs": st.sampled_from([None, 2]),
             "later": st.integers(0, 8),
             "cancel": st.sampled_from([None, None, None, 3]),
@@ -141,7 +146,7 @@ def test_the_same_bits_whatever_else_is_computed(
                 own = {
                     k: v for k, v in job.items() if k not in ("prompt", "cut", "later", "cancel")
                 }
-                params = SamplingParams(**own, logprobs=3, seed=number)
+                params = SamplingParams(**own, seed=number)
                 running.append((engine.add(prompt, params), job, step))
                 expected.append((prompt, params))
         for request, job, since in running:
@@ -228,13 +233,39 @@ def test_a_draft_that_ends_the_answer_is_accepted(kernel_folder: Path) -> None:
     assert ended
 
 
-def test_a_bad_row_ends_its_own_request_only(kernel_folder: Path) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_who_chooses_does_not_show(kernel_folder: Path, temperature: float) -> None:
+    """A kernel for all answers at once, or each answer's sampler; with drafts, beside others."""
+    model = random_model(kernels=answering_kernels(kernel_folder), seed=3).requires_grad_(False)
+    found = []
+    for asked in (0, 1):
+        engine = Engine(model, options=EngineOptions(speculation="on", draft_depth=2))
+        requests = [
+            engine.add(
+                prompt_of(model, 9, seed),
+                SamplingParams(
+                    max_tokens=24, temperature=temperature, seed=seed, n=2, logprobs=asked
+                ),
+            )
+            for seed in range(3)
+        ]
+        answer(engine, *requests)
+        outputs = [output for request in requests for output in request.result().outputs]
+        found.append([[s[:3] for s in output.logprobs or ()] for output in outputs])
+    assert found[0] == found[1]
+    assert sum(map(len, found[0])) > 50
+
+
+@pytest.mark.parametrize(
+    "sampled", [{"temperature": 0, "banned_token_ids": [60]}, {"seed": 3}, {"seed": 3, "top_k": 9}]
+)
+def test_a_bad_row_ends_its_own_request_only(kernel_folder: Path, sampled: dict[str, Any]) -> None:
     model = random_model(
         tiny_config(), precision=F32, kernels=answering_kernels(kernel_folder), seed=3
     ).requires_grad_(False)
     model.embed_tokens.weight[60] = float("nan")
     engine = Engine(model, options=replace(PLAIN, prefix_cache=True))
-    params = SamplingParams(max_tokens=8, temperature=0, logprobs=0, banned_token_ids=[60])
+    params = SamplingParams(max_tokens=8, logprobs=0, **sampled)
     good, bad = engine.add(prompt_of(model, 9, 1), params), engine.add([5, 60, 7], params)
     answer(engine, good, bad)
     assert good.result().outputs[0].finish_reason in ("length", "stop")

@@ -87,16 +87,19 @@ def test_rows_without_a_largest_number_have_no_token(draw: CompiledDraw) -> None
 
 
 def test_a_row_is_the_same_alone_and_among_others(draw: CompiledDraw) -> None:
-    rows_RV = torch.from_numpy(rows_of(1, 33, 4096, 2.0))
+    rows_RV = torch.from_numpy(rows_of(1, 33, 4099, 2.0))
+    memory_V = torch.empty(4100)
     names = [Name(9, n, 1) for n in range(33)]
     chosen = list(reversed(range(33)))
     together = draw.tokens(rows_RV, chosen, [names[n] for n in chosen], [1.0] * 33)
     sums, ranks = draw.log_sums(rows_RV, chosen, together)
     for place, n in enumerate(chosen):
-        token = draw.tokens(rows_RV[n : n + 1], [0], [names[n]], [1.0])
-        sum_alone, rank_alone = draw.log_sums(rows_RV[n : n + 1], [0], token)
-        among = (together[place], sums[place], ranks[place])
-        assert (token[0], sum_alone[0], rank_alone[0]) == among
+        for offset in (0, 1):  # whatever the address
+            alone_1V = memory_V[offset : offset + 4099].copy_(rows_RV[n]).unsqueeze(0)
+            token = draw.tokens(alone_1V, [0], [names[n]], [1.0])
+            sum_alone, rank_alone = draw.log_sums(alone_1V, [0], token)
+            among = (together[place], sums[place], ranks[place])
+            assert (token[0], sum_alone[0], rank_alone[0]) == among
 
 
 def test_tokens_come_as_often_as_the_softmax_says(draw: CompiledDraw) -> None:

@@ -56,16 +56,18 @@ def test_right_answers_are_drawn_against_their_length(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", stages)
     panel = length_panel(run)
     assert panel is not None
-    assert [key.text for key in panel.keys] == ["gcd", "sums"]
+    assert [key.text for key in panel.keys] == ["gcd"]  # of sums one stage knows nothing
     line = panel.figure.axes[0].lines[0]
     assert line.get_xydata().tolist() == [[8.0, 0.25], [16.0, 0.75]]  # type: ignore[union-attr]
-    assert panel.figure.axes[0].get_xlim()[1] > 20
+    assert panel.figure.axes[0].get_xlim()[1] > 16
     assert "From sft, then grpo" in panel.note
     assert 'id="accuracy-length"' in render(run)
 
 
 def test_without_two_measured_stages_no_length_is_drawn(tmp_path: Path) -> None:
-    for number, stages in enumerate((STAGES, None, {**STAGES, "sft": {"lengths": {"gcd": 1.0}}})):
+    one = {**STAGES, "sft": {"lengths": {"gcd": 1.0}, "accuracy": {"gcd": 1.0}}}
+    none_right = {name: {"lengths": {"gcd": 1.0}, "accuracy": {}} for name in ("sft", "grpo")}
+    for number, stages in enumerate((STAGES, None, one, none_right)):
         run = run_of(tmp_path / str(number), stages)
         assert length_panel(run) is None
         assert 'id="accuracy-length"' not in render(run)

@@ -90,6 +90,19 @@ def _measure(before: Path, out: Path, samples: int, trained: Trained, console: C
     ask_needles(before, out, samples, trained)
 
 
+def needle_lengths(out: Path, trained: Trained) -> tuple[int, ...]:
+    """Return the lengths of a run's needle prompts: those that have room for facts."""
+    from ziphius.config.recipe import load_recipe
+    from ziphius.evaluation.long_context import lengths_between
+    from ziphius.evaluation.needle import NeedleTest, fewest_tokens
+
+    recipe = load_recipe(str(out / "recipe.toml"))
+    assert recipe.extend is not None, "the run has written it down"
+    fewest = fewest_tokens(trained.stage.tokenizer, NeedleTest.others)
+    between = lengths_between(trained.summary["yarn_original_context"], recipe.extend.lengths)
+    return tuple(length for length in between if length >= fewest)
+
+
 def ask_needles(
     before: Path,
     out: Path,
@@ -105,18 +118,16 @@ def ask_needles(
     """
     from ziphius.config.errors import BadInput
     from ziphius.config.recipe import load_recipe
-    from ziphius.evaluation.long_context import lengths_between, long_context, write_needles
-    from ziphius.evaluation.needle import NeedleTest, fewest_tokens
+    from ziphius.evaluation.long_context import long_context, write_needles
+    from ziphius.evaluation.needle import NeedleTest
     from ziphius.training.text import heldout_documents
 
     recipe = load_recipe(str(out / "recipe.toml"))
     assert recipe.extend is not None, "the run has written it down"
-    fewest = fewest_tokens(trained.stage.tokenizer, NeedleTest.others)
-    between = lengths_between(trained.summary["yarn_original_context"], recipe.extend.lengths)
-    lengths = tuple(length for length in between if length >= fewest)
+    lengths = needle_lengths(out, trained)
     if not lengths:
         raise BadInput(
-            f"--needles: rows of {between[-1]} tokens have no room for facts, which need {fewest}: "
+            f"--needles: rows of {max(recipe.extend.lengths)} tokens have no room for facts: "
             "the run itself is finished"
         )
     figures = long_context(

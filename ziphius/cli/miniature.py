@@ -121,30 +121,30 @@ class Miniature:
 
         Nothing where rows are too short for them: the stages after this one need none.
         """
-        from ziphius.cli.extend import ask_needles
-        from ziphius.config.errors import BadInput
+        from ziphius.cli.extend import ask_needles, needle_lengths
         from ziphius.evaluation.long_context import write_needles
         from ziphius.report.page import write_report
 
+        folder = self.folder("extend")
+        if not needle_lengths(folder, trained):
+            self.display.say("rows are too short for needles: none are asked")
+            write_report(folder)
+            return {}
         self.display.say("asking needles of several lengths")
 
         def tell(name: str, done: int, total: int) -> None:
             self.display.progress(done, total)
 
-        try:
-            found = ask_needles(
-                self.out,
-                self.folder("extend"),
-                _NEEDLES,
-                trained,
-                position_bytes=_POSITION_BYTES,
-                on_progress=tell,
-            )
-        except BadInput as error:
-            self.display.say(f"no needles are asked: {error}")
-            return {}
+        found = ask_needles(
+            self.out,
+            folder,
+            _NEEDLES,
+            trained,
+            position_bytes=_POSITION_BYTES,
+            on_progress=tell,
+        )
         write_needles(found, self.out)  # the whole report shows them too
-        write_report(self.folder("extend"))
+        write_report(folder)
         return {name: fmean(map(fmean, rows)) for name, rows in found["maps"].items()}
 
     def _sft(self, documents: Sequence[Document]) -> dict[str, Any]:

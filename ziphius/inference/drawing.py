@@ -4,49 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ziphius.inference.answer import Answer
 from ziphius.inference.sampler import Sampled
-from ziphius.kernels.draw import Draw, Name
+from ziphius.kernels.draw import Draw
+
+# A log-probability and a rank, or nothing.
+Told = tuple[float, int] | tuple[()]
 
 
 def draw_plain(
     draw: Draw | None, logits_NV: Tensor, places: Sequence[range], answers: Sequence[Answer | None]
-) -> list[Sequence[Sampled | None]]:
+) -> list[list[Sampled | None]]:
     """Choose for every answer that is ``plain`` the tokens of its rows of ``logits``, in order.
 
     Nothing for the others, for rows that no token follows, and without a kernel: those choose by
-    themselves, to the same bits. None stands for an answer that chooses nothing now.
+    themselves, to the same bits. ``answers`` has None for one that chooses nothing now.
     """
-    found: list[Sequence[Sampled | None]] = [()] * len(answers)
+    found: list[list[Sampled | None]] = [[] for _ in answers]
     if draw is None or logits_NV.dtype != torch.float32:
         return found
-    plain = [n for n, answer in enumerate(answers) if answer is not None and answer.plain]
-    rows: list[int] = []
-    names: list[Name] = []
-    temperatures: list[float] = []
-    for n in plain:
-        answer = answers[n]
-        assert answer is not None, "chosen above"
-        sampler, length = answer.sampler, len(answer.output)
-        rows += places[n]
-        names += [sampler.noise.name(length + place) for place in range(len(places[n]))]
-        temperatures += [sampler.params.temperature] * len(places[n])
-    if not rows:
+    wanted = [
+        (n, answer, place, row)
+        for n, answer in enumerate(answers)
+        if answer is not None and answer.plain
+        for place, row in enumerate(places[n])
+    ]
+    if not wanted:
         return found
-    tokens = draw.tokens(logits_NV, rows, names, temperatures)
-    known = tokens.clip(0)
-    values = logits_NV[rows, known].double().numpy()
-    sums, ranks = draw.log_sums(logits_NV, rows, known)
-    reports = zip(tokens.tolist(), (values - sums).tolist(), ranks.tolist(), strict=True)
-    for n in plain:
-        answer, own = answers[n], [next(reports) for _ in places[n]]
-        assert answer is not None, "chosen above"
-        told = answer.params.logprobs is not None
-        found[n] = [
-            None if token < 0 else Sampled(token, *(report if told else ()))
-            for token, *report in own
-        ]
+    rows = [row for _, _, _, row in wanted]
+    names = [a.sampler.noise.name(len(a.output) + place) for _, a, place, _ in wanted]
+    tokens = draw.tokens(logits_NV, rows, names, [a.params.temperature for _, a, _, _ in wanted])
+    asked = [a.params.logprobs is not None for _, a, _, _ in wanted]
+    told = _told(draw, logits_NV, rows, tokens, asked)
+    for (n, _, _, _), token, report in zip(wanted, tokens.tolist(), told, strict=True):
+        found[n].append(Sampled(token, *report) if token >= 0 else None)
+    return found
+
+
+def _told(
+    draw: Draw,
+    logits_NV: Tensor,
+    rows: Sequence[int],
+    tokens: NDArray[np.int64],
+    asked: Sequence[bool],
+) -> list[Told]:
+    """Return what is to be told of the tokens for which it is asked."""
+    found: list[Told] = [()] * len(tokens)
+    places = np.flatnonzero(asked).tolist()
+    if not places:
+        return found
+    # Where there is no token the report is of nothing, and nobody's.
+    known, own = tokens[places].clip(0), [rows[place] for place in places]
+    sums, ranks = draw.log_sums(logits_NV, own, known)
+    log_probs = logits_NV[own, known].double().numpy() - sums
+    for place, report in zip(
+        places, zip(log_probs.tolist(), ranks.tolist(), strict=True), strict=True
+    ):
+        found[place] = report
     return found

@@ -56,7 +56,7 @@ class Draw(Protocol):
 
 
 class CompiledDraw:
-    """One pass a row, the rows divided among threads."""
+    """All rows in one call, divided among threads."""
 
     def __init__(self, library: Library) -> None:
         self.library = library

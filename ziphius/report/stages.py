@@ -69,37 +69,42 @@ def stage_table(run: Run) -> StageTable | None:
 def length_panel(run: Run) -> Panel | None:
     """Right answers against their length, by task: a line from each stage to the next.
 
-    None where fewer than two stages have both.
+    Of tasks that all stages with lengths have measured; None where there are fewer than two stages
+    or no task.
     """
     stages = (run.summary or {}).get("stages")
     if not isinstance(stages, Mapping):
         return None
-    figures = {str(n): s for n, s in stages.items() if isinstance(s, Mapping) and "lengths" in s}
-    if len(figures) < 2:
+    figures = {str(n): s for n, s in stages.items() if isinstance(s, Mapping) and s.get("lengths")}
+    lines = _lines(list(figures.values()))
+    if len(figures) < 2 or not lines:
         return None
     figure, axes = new_figure(SMALL)
-    keys, lengths, shares = [], [0.0], [0.0, 1.0]
-    tasks = _names(list(figures.values()), "accuracy")
-    for task, colour in zip(tasks, cycle(_COLOURS), strict=False):
-        points = [(_of(f, "lengths", task), _of(f, "accuracy", task)) for f in figures.values()]
-        known = [(x, y) for x, y in points if x is not None and y is not None]
-        if not known:
-            continue
-        xs, ys = zip(*known, strict=True)
+    keys = []
+    for (task, (xs, ys)), colour in zip(lines.items(), cycle(_COLOURS), strict=False):
         axes.plot(xs, ys, color=colour, linewidth=1.6)
         axes.plot(xs[:1], ys[:1], "o", color=colour, markersize=7, markerfacecolor="none")
         axes.plot(xs[1:], ys[1:], "o", color=colour, markersize=4)
         keys.append(Key(colour, "thick", task))
-        lengths += xs
-        shares += ys
-    axes.set_xlim(0, 1.06 * max(lengths))
+    axes.set_xlim(0, 1.06 * max(max(xs) for xs, _ in lines.values()))
     axes.set_xlabel("tokens an answer", fontsize=FONT, color=MUTED)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
-    fit(axes, np.array(shares), room=0.05)
+    fit(axes, np.array([0.0, 1.0]), room=0.05)
     return Panel(
         "accuracy-length", "Right answers and their length", "held-out problems", figure,
         tuple(keys), f"From {', then '.join(figures)}: the ring is the first.", by="length",
     )  # fmt: skip
+
+
+def _lines(figures: list[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
+    """Return lengths and shares, stage by stage, of the tasks that have both everywhere."""
+    found = {}
+    for task in _names(figures, "accuracy"):
+        lengths, shares = ([_of(f, key, task) for f in figures] for key in ("lengths", "accuracy"))
+        xs, ys = ([x for x in values if x is not None] for values in (lengths, shares))
+        if len(xs) == len(ys) == len(figures):
+            found[task] = (xs, ys)
+    return found
 
 
 def _rows(figures: list[Mapping[str, Any]]) -> Iterator[StageRow]:

@@ -9,9 +9,12 @@ namespace {
 constexpr double LEAST = -std::numeric_limits<double>::infinity();
 constexpr float LEAST_FLOAT = -std::numeric_limits<float>::infinity();
 constexpr int WORDS = 4;
-// Words of a uniform number so near to 1 that float has no room for what is missing: one in 512.
-constexpr uint64_t RARE = ~uint64_t(0) - (uint64_t(1) << 55);
-// More than estimates of a score are wrong by, where they are not far below the best one.
+// Words of a uniform number so near to 1, one in 512, or to 0, one in 2^20, that float has no room
+// for what is missing.
+constexpr uint64_t HIGH = ~uint64_t(0) - (uint64_t(1) << 55), LOW = uint64_t(1) << 44;
+inline bool rare(uint64_t word) { return word > HIGH || word < LOW; }
+// More than estimates of a score are wrong by, where the word is not rare and the score not far
+// below the best one.
 constexpr float DOUBT = 0.02f;
 
 // Philox4x64 with ten rounds (Salmon et al. 2011): the words of one count.
@@ -82,8 +85,8 @@ __attribute__((always_inline)) inline double exponential_below(double x) {
     e = e * r + 1.0;
     e = e * r + 1.0;
     // n in the low bits of 1.5 * 2^52 + n, moved to where the exponent is.
-    int64_t bits = __builtin_bit_cast(int64_t, n + 0x1.8p52) << 52;
-    double found = __builtin_bit_cast(double, __builtin_bit_cast(int64_t, e) + bits);
+    uint64_t bits = __builtin_bit_cast(uint64_t, n + 0x1.8p52) << 52;
+    double found = __builtin_bit_cast(double, __builtin_bit_cast(uint64_t, e) + bits);
     return x < -700.0 ? 0.0 : found;
 }
 
@@ -112,8 +115,7 @@ int64_t race(const float* row, int64_t width, const Philox& philox, double tempe
     float shift = row[best];
     double inverse = 1 / temperature, room = std::numeric_limits<float>::max();
     float scale = float(inverse < room ? inverse : room);
-    int64_t whole = (width + WORDS - 1) / WORDS * WORDS;
-    scores.resize(whole);
+    scores.resize(width);
     double reached = LEAST;
     int64_t token = best;
     auto enter = [&](int64_t i, uint64_t word) {
@@ -129,20 +131,20 @@ int64_t race(const float* row, int64_t width, const Philox& philox, double tempe
         for (int64_t i = 0; i < count; i += WORDS) philox.words((start + i) / WORDS, drawn + i);
         float* to = scores.data() + start;
         const float* from = row + start;
-        uint64_t above = 0;
-#pragma omp simd reduction(max : above)
-        for (int64_t i = 0; i < count; i++) above = drawn[i] > above ? drawn[i] : above;
+        int some = 0;
+#pragma omp simd reduction(| : some)
+        for (int64_t i = 0; i < count; i++) some |= rare(drawn[i]);
 #pragma omp simd reduction(max : most)
         for (int64_t i = 0; i < count; i++) {
             float uniform = (float(int32_t(uint32_t(drawn[i] >> 33))) + 0.5f) * 0x1p-31f;
             float score = (from[i] - shift) * scale - logarithm(-logarithm(uniform));
-            score = drawn[i] > RARE ? LEAST_FLOAT : score;
+            score = rare(drawn[i]) ? LEAST_FLOAT : score;
             to[i] = score;
             most = score > most ? score : most;
         }
-        if (above > RARE)
+        if (some)
             for (int64_t i = 0; i < count; i++)
-                if (drawn[i] > RARE) enter(start + i, drawn[i]);
+                if (rare(drawn[i])) enter(start + i, drawn[i]);
     }
     float enough = (reached > most ? float(reached) : most) - DOUBT;
     for (int64_t i = 0; i < width; i++)
