@@ -60,13 +60,18 @@ def report(
     paths = [RESULTS / f"{result['date']}-{name}.json"] if record else []
     for path in [*paths, *([file] if file else [])]:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+        path.write_text(_without_home(json.dumps(result, indent=2)) + "\n", "utf-8")
     print(json.dumps(result))
 
 
 def _without_folder(argument: str) -> str:
     """Name a file by itself: where a machine has it is nobody's business."""
     return Path(argument).name if argument.startswith("/") else argument
+
+
+def _without_home(text: str) -> str:
+    """Write the user's own folder as shells do."""
+    return text.replace(str(Path.home()), "~")
 
 
 def _changed() -> str:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ziphius.kernels.log_probs import linear_log_probs
-from ziphius.kernels.loss import IGNORED, linear_cross_entropy
+from ziphius.kernels.log_probs import WholeSoftmax, linear_log_probs
+from ziphius.kernels.loss import (
+    IGNORED,
+    cross_entropy_rows,
+    cross_entropy_rows_compiled,
+    linear_cross_entropy,
+)
 
 
 def operands(
@@ -80,3 +87,27 @@ def test_bf16_gives_fp32_near_the_truth(widened: bool) -> None:
     # Rounded logits are off by 2^-9 of their size, about 10; widened ones by FP32's rounding.
     bound = 1e-5 if widened else 0.1
     assert (found_N.detach().double() - expected_N).abs().max() < bound
+
+
+@pytest.mark.parametrize("version", ["torch", "compiled"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 0.03)])
+def test_gradients_are_near_the_truth_in_every_version(
+    version: str, dtype: torch.dtype, bound: float, request: pytest.FixtureRequest
+) -> None:
+    """By the largest number of each gradient; rows that do not count have none."""
+    rows_loss = cross_entropy_rows
+    if version == "compiled":
+        library = request.getfixturevalue("library")
+        rows_loss = partial(cross_entropy_rows_compiled, library)
+    hidden_ND, weight_VD, targets_N = operands(200, 16, 300, dtype)
+    targets_N[::3] = IGNORED
+    pull_N = torch.linspace(-2, 3, 200)
+    softmax = WholeSoftmax(rows_loss)
+    found_N = linear_log_probs(hidden_ND, weight_VD, targets_N, 64, softmax=softmax)
+    found = torch.autograd.grad(found_N @ pull_N, (hidden_ND, weight_VD))
+    exact = [x.detach().double().requires_grad_() for x in (hidden_ND, weight_VD)]
+    expected_N = by_torch(*exact, targets_N)
+    expected = torch.autograd.grad(expected_N @ pull_N.double(), exact)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine.double() - theirs).abs().max() < bound * theirs.abs().max()
+    assert not found[0][::3].any()

@@ -91,7 +91,7 @@ def length_panel(run: Run) -> Panel | None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
     fit(axes, np.array([0.0, 1.0]), room=0.05)
     return Panel(
-        "accuracy-length", "Right answers and their length", "held-out problems", figure,
+        "accuracy-length", "Right answers and their length", "held out", figure,
         tuple(keys), f"From {', then '.join(figures)}: the ring is the first.", by="length",
     )  # fmt: skip
 
