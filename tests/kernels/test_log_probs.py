@@ -111,3 +111,20 @@ def test_gradients_are_near_the_truth_in_every_version(
     for mine, theirs in zip(found, expected, strict=True):
         assert (mine.double() - theirs).abs().max() < bound * theirs.abs().max()
     assert not found[0][::3].any()
+
+
+def test_products_have_few_sizes_however_many_rows_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries keep a program for every size: memory grew by megabytes a step of GRPO."""
+    sizes, plain = set(), torch.mm
+
+    def mm(rows: torch.Tensor, other: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        sizes.add(len(rows))
+        return plain(rows, other, out=out)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    hidden_ND, weight_VD, _ = operands(300, 4, 9)
+    for counted in range(0, 300, 7):
+        targets_N = torch.full((300,), IGNORED)
+        targets_N[:counted] = 1
+        linear_log_probs(hidden_ND, weight_VD, targets_N, 1024).sum().backward()
+    assert sizes == {128, 256, 384}

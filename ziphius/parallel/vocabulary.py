@@ -98,7 +98,7 @@ class SplitSoftmax:
         columns_n, here_n = self._place(targets_n, logits_nv.shape[1])
         target_n = logits_nv.gather(1, columns_n[:, None]).squeeze(1).masked_fill(~here_n, 0)
         largest_n = self.axis.all_reduce(logits_nv.amax(-1), dist.ReduceOp.MAX)
-        sum_n = (logits_nv - largest_n[:, None]).exp_().sum(-1)
+        sum_n = logits_nv.sub_(largest_n[:, None]).exp_().sum(-1)
         sums_2n = self.axis.all_reduce(torch.stack((sum_n, target_n)))
         return largest_n + sums_2n[0].log(), sums_2n[1]
 
