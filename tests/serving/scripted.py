@@ -95,6 +95,7 @@ def follow(sampler: Sampler, tokens: Sequence[int]) -> None:
         return sampler.report(logits_V, token(logits_V, output, allowed_V=allowed_V))
 
     sampler.token, sampler.choose = token, choose  # type: ignore[method-assign]
+    sampler.plain = lambda length: False  # type: ignore[method-assign]
 
 
 def spell(tokenizer: Tokenizer, parts: Iterable[str]) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from tests.support import random_model, tiny_config
 from ziphius.data.tokenizer import train_tokenizer
 from ziphius.inference.chat import ChatTemplate
 from ziphius.inference.engine import Engine, EngineOptions
+from ziphius.inference.request import Request
 from ziphius.inference.vocabulary import Vocabulary
 from ziphius.kernels.select import Kernels
 from ziphius.model.transformer import Transformer
@@ -53,11 +54,25 @@ def make_model(kernels: Kernels | None = None, **changes: Any) -> Transformer:
     return random_model(config, kernels=kernels).requires_grad_(False)
 
 
+# Of a step: answers of some hundred tokens are to be under way while tests look at them.
+LEAST_SECONDS = 0.003
+
+
+class SlowEngine(Engine):
+    """An engine of which no step is quicker than so many seconds."""
+
+    def step(self) -> list[Request]:
+        began = time.monotonic()
+        touched = super().step()
+        time.sleep(max(0.0, began + LEAST_SECONDS - time.monotonic()))
+        return touched
+
+
 def make_engine(model: Transformer, tokenizer: Tokenizer | None = None, **options: Any) -> Engine:
     """Return an engine with room for a few requests."""
     given = {"cache_tokens": 4096, "max_running": 4, "page_size": 32, **options}
     vocabulary = Vocabulary(tokenizer or make_tokenizer())
-    return Engine(model, vocabulary, EngineOptions(**given))
+    return SlowEngine(model, vocabulary, EngineOptions(**given))
 
 
 @dataclass
