@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,16 @@ def make_start(words: Path, out: Path, *more: str) -> Path:
     settings = ("pretrain.steps=2", "model.max_position_embeddings=256", *more)
     pretrain(recipe(words, *settings), RunFolder(out), Silent())
     return out
+
+
+def write_chats(file: Path, answers: Sequence[Mapping[str, str]]) -> Path:
+    """Write conversations of one turn: numbers from 0 are asked for, and the answers given."""
+    turns = [
+        [{"role": "user", "content": f"say {n}"}, {"role": "assistant", **answer}]
+        for n, answer in enumerate(answers)
+    ]
+    file.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns), "utf-8")
+    return file
 
 
 def later(words: Path, *more: str) -> Recipe:

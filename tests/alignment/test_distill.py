@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.alignment.support import make_start, run_later
+from tests.alignment.support import make_start, run_later, write_chats
 from tests.training.support import assert_same_run, breaking_off, metrics
 from ziphius.alignment.distill import DivergenceOfRows
 from ziphius.config.errors import BadInput
@@ -54,17 +53,7 @@ def test_a_teacher_diverges_from_itself_by_nothing() -> None:
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("records") / "records.jsonl"
-    lines = [
-        {
-            "messages": [
-                {"role": "user", "content": f"say {n}"},
-                {"role": "assistant", "content": f"return {n % 3}"},
-            ]
-        }
-        for n in range(40)
-    ]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    return file
+    return write_chats(file, [{"content": f"return {n % 3}"} for n in range(40)])
 
 
 def distilled(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.alignment.support import run_later
+from tests.alignment.support import run_later, write_chats
 from tests.training.support import assert_same_run, breaking_off, metrics
 from ziphius.alignment.holdout import divided
 from ziphius.alignment.records import Record
@@ -33,17 +33,8 @@ TUNED = (
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Conversations that all have the same answer but one word."""
     file = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    lines = [
-        {
-            "messages": [
-                {"role": "user", "content": f"say {n}"},
-                {"role": "assistant", "content": f"return x + {n}", "reasoning_content": "def"},
-            ]
-        }
-        for n in range(40)
-    ]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    return file
+    said = [{"content": f"return x + {n}", "reasoning_content": "def"} for n in range(40)]
+    return write_chats(file, said)
 
 
 def tune(words: Path, start: Path, chats: Path, out: Path, *more: str, **how: Any) -> Trained:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.alignment.support import make_start
 from tests.training.support import overrides
 from ziphius.cli.app import run
 
@@ -17,11 +16,6 @@ STAGE = (
     *("sequence_length=64", "batch_size=4", "micro_batch_size=2", "steps=2", "holdout_every=3"),
     *("learning_rate=1e-3", "final_learning_rate=1e-3"),
 )
-
-
-@pytest.fixture(scope="module")
-def start(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_start(words, tmp_path_factory.mktemp("runs") / "start")
 
 
 @pytest.fixture(scope="module")

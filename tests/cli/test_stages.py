@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.alignment.support import REINFORCED, make_start
+from tests.alignment.support import REINFORCED, write_chats
 from tests.cli.launch import Command, flags, quick
 from tests.training.support import assert_same_run, metrics, overrides
 
@@ -21,24 +21,9 @@ ANSWERED = 5
 
 
 @pytest.fixture(scope="module")
-def start(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_start(words, tmp_path_factory.mktemp("runs") / "start")
-
-
-@pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    lines = [
-        {
-            "messages": [
-                {"role": "user", "content": f"say {n}"},
-                {"role": "assistant", "content": f"{n} and {n}, said twice"},
-            ]
-        }
-        for n in range(24)
-    ]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    return file
+    return write_chats(file, [{"content": f"{n} and {n}, said twice"} for n in range(24)])
 
 
 def begun(stage: str, words: Path, start: Path, chats: Path, out: Path) -> list[str]:

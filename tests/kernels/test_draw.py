@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from ziphius.inference.logprobs import log_sum_exp, score
 from ziphius.inference.noise import Noise
 from ziphius.kernels.cpu.library import Library
-from ziphius.kernels.draw import CompiledDraw, Name
+from ziphius.kernels.draw import Draw, Name
 
 
 @pytest.fixture(scope="module")
-def draw(library: Library) -> CompiledDraw:
-    return CompiledDraw(library)
+def draw(library: Library) -> Draw:
+    return Draw(library)
 
 
 def rows_of(seed: int, count: int, width: int, spread: float) -> np.ndarray:
@@ -37,7 +37,7 @@ def rows_of(seed: int, count: int, width: int, spread: float) -> np.ndarray:
     width=st.sampled_from([1, 3, 7, 255, 256, 257, 3000]),
 )
 def test_tokens_are_those_of_the_race(
-    draw: CompiledDraw,
+    draw: Draw,
     seed: int,
     seeds: list[int],
     position: int,
@@ -56,9 +56,7 @@ def test_tokens_are_those_of_the_race(
 
 @pytest.mark.parametrize("width", [1, 5, 1000, 129_280])
 @pytest.mark.parametrize("spread", [0.0, 3.0, 300.0])
-def test_sums_and_ranks_are_those_of_the_softmax(
-    draw: CompiledDraw, width: int, spread: float
-) -> None:
+def test_sums_and_ranks_are_those_of_the_softmax(draw: Draw, width: int, spread: float) -> None:
     rows_RV = rows_of(width, 4, width, spread)
     rows_RV[2] = rows_RV[2].round()  # many are equal
     tokens = np.array([width // 3, width - 1, width // 2, 0])
@@ -70,14 +68,14 @@ def test_sums_and_ranks_are_those_of_the_softmax(
     assert ranks.tolist() == plain
 
 
-def test_the_sum_is_right_however_far_apart_the_numbers_are(draw: CompiledDraw) -> None:
+def test_the_sum_is_right_however_far_apart_the_numbers_are(draw: Draw) -> None:
     rows_RV = torch.tensor([[1e30, -torch.inf], [-1e4, -1e4], [3.0, 3.0 - 750], [0.0, -36.5]])
     sums, _ = draw.log_sums(rows_RV, range(4), np.zeros(4, np.int64))
     exact = [float(np.float32(1e30)), -1e4 + np.log(2), 3.0, np.log1p(np.exp(-36.5))]
     np.testing.assert_allclose(sums, exact, rtol=1e-15, atol=1e-15)
 
 
-def test_rows_without_a_largest_number_have_no_token(draw: CompiledDraw) -> None:
+def test_rows_without_a_largest_number_have_no_token(draw: Draw) -> None:
     nan, inf = torch.nan, torch.inf
     rows_RV = torch.tensor([[1.0, nan], [nan, 1.0], [inf, 1.0], [-inf, -inf], [-inf, 1.0]])
     names = [Name(n, 0, 0) for n in range(5)]
@@ -86,7 +84,7 @@ def test_rows_without_a_largest_number_have_no_token(draw: CompiledDraw) -> None
         assert found.tolist() == [-1, -1, -1, -1, 1]
 
 
-def test_a_row_is_the_same_alone_and_among_others(draw: CompiledDraw) -> None:
+def test_a_row_is_the_same_alone_and_among_others(draw: Draw) -> None:
     rows_RV = torch.from_numpy(rows_of(1, 33, 4099, 2.0))
     memory_V = torch.empty(4100)
     names = [Name(9, n, 1) for n in range(33)]
@@ -102,7 +100,7 @@ def test_a_row_is_the_same_alone_and_among_others(draw: CompiledDraw) -> None:
             assert (token[0], sum_alone[0], rank_alone[0]) == among
 
 
-def test_tokens_come_as_often_as_the_softmax_says(draw: CompiledDraw) -> None:
+def test_tokens_come_as_often_as_the_softmax_says(draw: Draw) -> None:
     logits_V = torch.tensor([0.0, 1.0, -1.0, 2.0, -torch.inf])
     names = [Name(7, n, 0) for n in range(40_000)]
     found = draw.tokens(logits_V.unsqueeze(0), [0] * len(names), names, [1.5] * len(names))

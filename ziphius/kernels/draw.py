@@ -8,7 +8,7 @@ row's results are the same bits alone or among others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +28,11 @@ class Name(NamedTuple):
     answer: int
 
 
-class Draw(Protocol):
-    """Chooses from rows ``[R, V]`` in float32 on the processor."""
+class Draw:
+    """Chooses from rows ``[R, V]`` in float32 on the processor; threads share the rows."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
 
     def tokens(
         self,
@@ -43,32 +46,6 @@ class Draw(Protocol):
         It is the argmax at temperature 0. It is -1 for a row with NaN or plus infinity, and for one
         of minus infinities: no token is to be drawn.
         """
-        ...
-
-    def log_sums(
-        self, logits_RV: Tensor, rows: Sequence[int], tokens: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return the log-sum-exp of rows, and the rank of a token in each, from 1.
-
-        Of equal logits the lower token ranks first.
-        """
-        ...
-
-
-class CompiledDraw:
-    """All rows in one call, divided among threads."""
-
-    def __init__(self, library: Library) -> None:
-        self.library = library
-
-    def tokens(
-        self,
-        logits_RV: Tensor,
-        rows: Sequence[int],
-        names: Sequence[Name],
-        temperatures: Sequence[float],
-    ) -> NDArray[np.int64]:
-        """See ``Draw``."""
         logits_RV = logits_RV.contiguous()
         tokens = np.empty(len(rows), np.int64)
         named = np.array([[part % _BITS for part in name] for name in names], np.uint64)
@@ -78,7 +55,10 @@ class CompiledDraw:
     def log_sums(
         self, logits_RV: Tensor, rows: Sequence[int], tokens: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """See ``Draw``."""
+        """Return the log-sum-exp of rows, and the rank of a token in each, from 1.
+
+        Of equal logits the lower token ranks first.
+        """
         logits_RV = logits_RV.contiguous()
         sums, ranks = np.empty(len(rows), np.float64), np.empty(len(rows), np.int64)
         self._call("log_sums", logits_RV, rows, np.ascontiguousarray(tokens), sums, ranks)
@@ -94,4 +74,4 @@ class CompiledDraw:
 
 # None: row by row, as the sampler does it.
 VERSIONS: dict[str, Callable[[], Draw] | None] = {"torch": None}
-COMPILED = CompiledDraw
+COMPILED = Draw
