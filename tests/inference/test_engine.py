@@ -355,3 +355,20 @@ def test_an_answer_without_a_bound_ends_where_a_small_cache_does(answering: Kern
     answer = request.result().outputs[0]
     assert answer.finish_reason == "length"
     assert len(answer.token_ids) == 64 - 3
+
+
+def test_a_kernel_that_fails_is_not_passed_over(
+    kernel_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(kernels=answering_kernels(kernel_folder)).requires_grad_(False)
+    engine = Engine(model, options=PLAIN)
+    request = engine.add([1, 2], SamplingParams(max_tokens=4, seed=1))
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(engine.draw, "tokens", broken)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        engine.step()
+    assert request.result().outputs[0].finish_reason == "error"
+    assert engine.idle

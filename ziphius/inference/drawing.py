@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ziphius.inference.answer import Answer
 from ziphius.inference.sampler import Sampled
-from ziphius.kernels.draw import Draw
+from ziphius.kernels.draw import Draw, Name
 
 # A log-probability and a rank, or nothing.
 Told = tuple[float, int] | tuple[()]
@@ -29,21 +29,32 @@ def draw_plain(
     if draw is None or logits_NV.dtype != torch.float32:
         return found
     wanted = [
-        (n, answer, place, row)
+        (n, answer, row, name)
         for n, answer in enumerate(answers)
         if answer is not None and answer.plain
-        for place, row in enumerate(places[n])
+        for row, name in zip(places[n], _names(answer, len(places[n])), strict=False)
     ]
     if not wanted:
         return found
-    rows = [row for _, _, _, row in wanted]
-    names = [a.sampler.noise.name(len(a.output) + place) for _, a, place, _ in wanted]
+    rows, names = [row for _, _, row, _ in wanted], [name for _, _, _, name in wanted]
     tokens = draw.tokens(logits_NV, rows, names, [a.params.temperature for _, a, _, _ in wanted])
     asked = [a.params.logprobs is not None for _, a, _, _ in wanted]
     told = _told(draw, logits_NV, rows, tokens, asked)
     for (n, _, _, _), token, report in zip(wanted, tokens.tolist(), told, strict=True):
         found[n].append(Sampled(token, *report) if token >= 0 else None)
     return found
+
+
+def _names(answer: Answer, count: int) -> list[Name]:
+    """Return whose noise the answer's next tokens have; nothing where that fails.
+
+    The answer then chooses by itself, and meets the mistake alone.
+    """
+    length = len(answer.output)
+    try:
+        return [answer.sampler.noise.name(length + place) for place in range(count)]
+    except Exception:
+        return []
 
 
 def _told(
