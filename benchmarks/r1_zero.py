@@ -16,7 +16,6 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,10 +32,7 @@ from ziphius.cli.display import Display
 from ziphius.config.recipe import Recipe, load_recipe
 from ziphius.training import run
 from ziphius.training.folder import RunFolder
-from ziphius.training.stage import Stage, pretraining
 from ziphius.training.start import open_start
-from ziphius.training.text import prepare_text
-from ziphius.training.watch import Watch
 
 TASKS = "weekdays,sums"
 DIALOGUES = 60_000  # for the base model, and as many others for its control
@@ -69,14 +65,14 @@ def continued(
     base: Path, folder: Path, text: Path, seconds: float, seed: int, display: Display
 ) -> Path:
     """Pre-train a model on, at a rate that rises and falls once more."""
-    start = open_start(base)
     rates = ("pretrain.learning_rate=1e-3", "pretrain.final_learning_rate=1e-4")
-    recipe = start.into(recipe_of(text, seed, *rates))
-
-    def prepare(settled: Recipe, watch: Watch) -> Stage:
-        return replace(pretraining(settled, prepare_text(settled, watch)), start=start.folder)
-
-    run.train(recipe, prepare, RunFolder(folder), display, seconds=seconds)
+    run.pretrain(
+        recipe_of(text, seed, *rates),
+        RunFolder(folder),
+        display,
+        start=open_start(base),
+        seconds=seconds,
+    )
     return folder
 
 

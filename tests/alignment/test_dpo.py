@@ -17,8 +17,8 @@ from tests.alignment.support import run_later
 from tests.support import F64, random_model
 from tests.training.support import assert_same_run, breaking_off, metrics
 from ziphius.alignment.dpo import Dpo, preference_loss
-from ziphius.alignment.grpo import REFERENCE
 from ziphius.alignment.pairs import bradley_terry
+from ziphius.alignment.reference import REFERENCE
 from ziphius.config.dpo import DpoConfig
 from ziphius.config.errors import BadInput
 from ziphius.data.rows import LEARNED, Batch

@@ -14,12 +14,12 @@ from tests.support import F64, random_model
 from ziphius.alignment.grpo import (
     ADVANTAGE,
     OLD,
-    REFERENCE,
     SHARE,
     Grpo,
     advantages,
     policy_loss,
 )
+from ziphius.alignment.reference import REFERENCE
 from ziphius.config.grpo import GrpoConfig
 from ziphius.data.rows import EXPERTS, LEARNED, Batch
 

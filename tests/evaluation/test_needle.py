@@ -23,7 +23,6 @@ from ziphius.evaluation.needle import (
     draw_facts,
     needle_map,
     needle_prompts,
-    recall_documents,
     side_of,
 )
 
@@ -210,37 +209,3 @@ def test_training_never_meets_a_name_or_a_code_of_the_test() -> None:
         assert not train & test
         assert len(train) == len(test) == 3000
         assert {side_of(text) for text in train} == {"train"}
-    told = "".join(recall_documents(TEXTS, 300, characters=(200, 2000), seed=0))
-    asked = [prompt.fact for *_, prompt in needle_prompts(Haystack(TEXTS, TOKENIZER), TEST)]
-    assert not [fact for fact in asked if fact.name in told or fact.code in told]
-
-
-def test_every_repeated_code_can_be_known() -> None:
-    """A name has one code in a document, and is said at least twice."""
-    sizes, real = [], 0
-    for text in recall_documents(TEXTS, 200, characters=(300, 3000), seed=3, facts=5, most=20):
-        said: dict[str, list[str]] = {}
-        before = None
-        for line in text.split("\n"):
-            if line.startswith("Remember "):
-                assert line != before, "the sentence before could be copied"
-                before = line
-                name, code = line.removeprefix("Remember ").removesuffix(".").split(" ", 1)
-                said.setdefault(name, []).append(code)
-        assert 2 <= len(said) <= 5
-        assert all(len(codes) >= 2 and len(set(codes)) == 1 for codes in said.values())
-        assert sum(map(len, said.values())) <= 20
-        real += "value_" in text or "def read" in text
-        sizes.append(len(text))
-    # Short ones as often as long ones by ratio: half of them lie below the geometric mean.
-    assert 0.35 < np.mean(np.array(sizes) < (300 * 3000) ** 0.5) < 0.65
-    assert max(sizes) <= 3000 * 1.1
-    assert real > 150, "facts lie in real text"
-
-
-def test_recall_documents_depend_on_seed_and_number_alone() -> None:
-    def drawn(count: int, seed: int) -> list[str]:
-        return list(recall_documents(TEXTS, count, characters=(200, 400), seed=seed))
-
-    assert drawn(5, 1) == drawn(9, 1)[:5]
-    assert not set(drawn(5, 1)) & set(drawn(5, 2))

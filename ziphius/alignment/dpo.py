@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ziphius.alignment.documents import DocumentSums
-from ziphius.alignment.grpo import REFERENCE
 from ziphius.alignment.heldout import HeldOut
 from ziphius.alignment.holdout import divided
 from ziphius.alignment.lines import sources_of
@@ -25,7 +24,7 @@ from ziphius.alignment.pairs import (
 )
 from ziphius.alignment.preferences import pairs_of, read_preferences
 from ziphius.alignment.records import Sample
-from ziphius.alignment.reference import Reference
+from ziphius.alignment.reference import REFERENCE, KeptNear, NearReference
 from ziphius.config.dpo import DpoConfig
 from ziphius.config.recipe import Recipe
 from ziphius.data.rows import Batch, row_targets
@@ -34,7 +33,6 @@ from ziphius.inference.template import chat_template_of
 from ziphius.kernels.loss import IGNORED
 from ziphius.model.transformer import Features, Transformer
 from ziphius.parallel.passes import Passes
-from ziphius.parallel.rows import MicroBatch
 from ziphius.training.objective import Losses, LossParts
 from ziphius.training.saving import Saver
 from ziphius.training.schedule import StepSettings
@@ -61,7 +59,7 @@ def preference_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Preference
 
 
 @dataclass(frozen=True)
-class Dpo:
+class Dpo(NearReference):
     """The objective of one step, a mean over the ``pairs`` of its global batch.
 
     Rows hold pairs of documents. ``accuracy`` is the share of pairs whose chosen answer has the
@@ -71,14 +69,8 @@ class Dpo:
 
     config: DpoConfig
     pairs: int
-    reference: Reference | None = None
     size = 9
     extra = ("accuracy", "margin", "reward_chosen", "reward_rejected", "likelier")
-
-    def prepare(self, passes: Passes, parts: list[MicroBatch]) -> None:
-        """Find the reference's log-probabilities."""
-        if self.reference is not None:
-            self.reference.measure(passes, parts)
 
     def __call__(self, model: Transformer, features: Features, rows: Batch) -> LossParts:
         """Compute what a part of the network gives of some rows."""
@@ -104,12 +96,11 @@ class Dpo:
         return LossParts(loss, Losses(main, zero, zero, main), torch.stack(others))
 
 
-class PreferenceTraining:
+class PreferenceTraining(KeptNear):
     """What a stage of DPO holds besides the policy: the reference, frozen where it begins."""
 
     def __init__(self, config: DpoConfig) -> None:
         self.config = config
-        self.reference: Reference | None = None
         self.dtype = torch.float32
 
     def lay(self, rows: Sequence[Sequence[Sample]], length: int) -> Batch:
@@ -120,18 +111,12 @@ class PreferenceTraining:
 
     def begin(self, passes: Passes, saver: Saver) -> Mapping[str, Mapping[str, Tensor]]:
         """Make room for the reference; return what checkpoints are to keep."""
-        self.reference = Reference(passes.models)
         self.dtype = passes.models[0].precision.high
-        return {"reference": self.reference.weights}
-
-    def ready(self, resumed: bool) -> None:
-        """Take the policy that the stage begins with for the reference."""
-        if self.reference is not None and not resumed:
-            self.reference.take()
+        return super().begin(passes, saver)
 
     def aim(self, batch: Batch, settings: StepSettings | None = None) -> Dpo:
         """Return what a step minimises."""
-        return Dpo(self.config, count_pairs(batch), self.reference)
+        return Dpo(self.config, count_pairs(batch), reference=self.reference)
 
 
 def preferring(recipe: Recipe, start: Start, watch: Watch) -> Stage:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ziphius.alignment.documents import DocumentSums
+from ziphius.alignment.reference import REFERENCE, NearReference, Reference
 from ziphius.config.grpo import GrpoConfig
 from ziphius.data.rows import EXPERTS, Batch, row_targets
 from ziphius.kernels.loss import IGNORED
@@ -21,12 +22,11 @@ from ziphius.model.ffn import MixtureOfExperts
 from ziphius.model.positions import Judged
 from ziphius.model.transformer import Features, Transformer
 from ziphius.training.objective import Losses, LossParts
-from ziphius.training.schedule import StepSettings
 
 Deviation = Literal["population", "sample", "none"]
-# What every learned token knows, by name in ``Batch.fields``: its log-probability when it was
-# sampled and under the reference, the advantage of its answer, and its share of the mean.
-OLD, REFERENCE, ADVANTAGE, SHARE = "old", "reference", "advantage", "share"
+# What every learned token knows besides ``REFERENCE``, by name in ``Batch.fields``: its
+# log-probability when it was sampled, the advantage of its answer, and its share of the mean.
+OLD, ADVANTAGE, SHARE = "old", "advantage", "share"
 
 
 def advantages(rewards_QG: Tensor, deviation: Deviation = "population") -> Tensor:
@@ -77,7 +77,7 @@ def policy_loss(
 
 
 @dataclass(frozen=True)
-class Grpo:
+class Grpo(NearReference):
     """The objective of one step: an ``Aim`` makes it of the step's global batch.
 
     ``tokens`` counts the learned tokens of the batch. Means are over these. ``mismatch`` is
@@ -166,9 +166,9 @@ def _experts_differ(model: Transformer, features: Features, rows: Batch) -> Tens
     return differ
 
 
-def aim(config: GrpoConfig, batch: Batch, settings: StepSettings) -> Grpo:
+def aim(config: GrpoConfig, batch: Batch, reference: Reference | None = None) -> Grpo:
     """Return what a step minimises of a rollout's part."""
     tokens = int((row_targets(batch, 0, document_mask=True) != IGNORED).sum())
     experts = batch.fields.get(EXPERTS)
     layers = 0 if experts is None else experts.shape[2]
-    return Grpo(config, tokens, tokens * layers)
+    return Grpo(config, tokens, tokens * layers, reference=reference)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ziphius.alignment.grpo import REFERENCE
 from ziphius.data.rows import Batch, row_targets
 from ziphius.model.transformer import Features, Transformer
 from ziphius.parallel.passes import Passes
 from ziphius.parallel.rows import MicroBatch
 from ziphius.parallel.spread import held_weights
+from ziphius.training.saving import Saver
+
+# What a learned token's log-probability is under the reference, by name in ``Batch.fields``.
+REFERENCE = "reference"
 
 
 class Reference:
@@ -53,6 +56,34 @@ class Reference:
     def _held(self) -> Iterator[tuple[str, Tensor]]:
         for model in self.models:
             yield from held_weights(model)
+
+
+class KeptNear:
+    """A stage whose policy is kept near to a reference: what it began with, until renewed."""
+
+    reference: Reference | None = None
+
+    def begin(self, passes: Passes, saver: Saver) -> Mapping[str, Mapping[str, Tensor]]:
+        """Make room for the reference; return what checkpoints are to keep."""
+        self.reference = Reference(passes.models)
+        return {REFERENCE: self.reference.weights}
+
+    def ready(self, resumed: bool) -> None:
+        """Take the policy that the stage begins with for the reference."""
+        if self.reference is not None and not resumed:
+            self.reference.take()
+
+
+@dataclass(frozen=True)
+class NearReference:
+    """Of a step's objective: it asks the reference before the passes, where there is one."""
+
+    reference: Reference | None = field(default=None, kw_only=True)
+
+    def prepare(self, passes: Passes, parts: list[MicroBatch]) -> None:
+        """Find the reference's log-probabilities."""
+        if self.reference is not None:
+            self.reference.measure(passes, parts)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from ziphius.alignment.answerers import Copied, InProcess
 from ziphius.alignment.grpo import Grpo, aim
 from ziphius.alignment.questions import ZERO, Prompter, mixture_of
-from ziphius.alignment.reference import Reference
+from ziphius.alignment.reference import KeptNear
 from ziphius.alignment.rewards.find import find_rewards, judging
 from ziphius.alignment.rollout import Answerers, Ask, Asked, Judge, Rollouts
 from ziphius.alignment.samplers import RaySamplers
@@ -23,7 +22,6 @@ from ziphius.data.rows import Batch
 from ziphius.inference.chat import TEMPLATE_FILE
 from ziphius.inference.template import chat_template_of
 from ziphius.parallel.passes import Passes
-from ziphius.parallel.rows import MicroBatch
 from ziphius.training.saving import Saver
 from ziphius.training.schedule import StepSettings
 from ziphius.training.stage import Stage
@@ -31,25 +29,12 @@ from ziphius.training.start import Start
 from ziphius.training.watch import Watch
 
 
-@dataclass(frozen=True)
-class _Step(Grpo):
-    """A step's objective that knows the reference."""
-
-    reference: Reference | None = None
-
-    def prepare(self, passes: Passes, parts: list[MicroBatch]) -> None:
-        """Find the reference's log-probabilities."""
-        if self.reference is not None:
-            self.reference.measure(passes, parts)
-
-
-class Reinforcement:
+class Reinforcement(KeptNear):
     """What a stage of GRPO holds besides the policy: rollouts, and the reference."""
 
     def __init__(self, recipe: Recipe, start: Start, rollouts: Rollouts, watch: Watch) -> None:
         self.recipe, self.start, self.rollouts, self.watch = recipe, start, rollouts, watch
         self.config = rollouts.config
-        self.reference: Reference | None = None
 
     def begin(self, passes: Passes, saver: Saver) -> Mapping[str, Mapping[str, Tensor]]:
         """Let the model answer; return what checkpoints are to keep."""
@@ -57,8 +42,7 @@ class Reinforcement:
         self.rollouts.answerers = self._answerers(passes, saver)
         if not self.config.kl_weight:
             return {}
-        self.reference = Reference(passes.models)
-        return {"reference": self.reference.weights}
+        return super().begin(passes, saver)
 
     def _answerers(self, passes: Passes, saver: Saver) -> Answerers:
         run, tokenizer, config = self.recipe.run, self.start.tokenizer, self.config
@@ -85,15 +69,9 @@ class Reinforcement:
             return InProcess(passes.models[0], tokenizer, config, **how)
         return Copied(passes, saver, tokenizer, config, **how)
 
-    def ready(self, resumed: bool) -> None:
-        """Take the policy that the stage begins with for the reference."""
-        if self.reference is not None and not resumed:
-            self.reference.take()
-
-    def aim(self, batch: Batch, settings: StepSettings) -> _Step:
+    def aim(self, batch: Batch, settings: StepSettings) -> Grpo:
         """Return what a step minimises."""
-        plain = aim(self.config, batch, settings)
-        return _Step(plain.config, plain.tokens, plain.routed, self.reference)
+        return aim(self.config, batch, self.reference)
 
     def renew(self, rollout: int) -> None:
         """Let the reference follow the policy, before a rollout, where it is time."""

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ziphius.alignment.grpo import ADVANTAGE, OLD, REFERENCE, SHARE, advantages
+from ziphius.alignment.grpo import ADVANTAGE, OLD, SHARE, advantages
 from ziphius.alignment.packing import as_rows
 from ziphius.alignment.records import Sample
+from ziphius.alignment.reference import REFERENCE
 from ziphius.alignment.rewards.reward import Response
 from ziphius.alignment.tasks.problem import Problem
 from ziphius.config.errors import BadInput, ZiphiusError

@@ -132,7 +132,7 @@ def _mixture(overrides: Sequence[str], display: Display) -> list[str]:
     from ziphius.cli.miniature import PRESET
     from ziphius.config.recipe import load_recipe
     from ziphius.data.corpus import read_corpus
-    from ziphius.evaluation.needle import recall_documents
+    from ziphius.evaluation.recall import recall_documents
 
     recipe = load_recipe(PRESET, overrides)
     if any(setting.startswith("data.source") for setting in overrides) or recipe.distill is None:

@@ -25,8 +25,9 @@ Side = Literal["train", "test"]
 Line = TypeVar("Line", str, list[int])
 Progress = Callable[[int, int], None]
 
-_CONSONANTS, _VOWELS, _LETTERS = "bdfgklmnprstvz", "aeiou", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_CODE_LETTERS = 4
+_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
+CODE_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_CODE_LENGTH = 4
 # One name and one code in so many are the test's; training never sees them.
 _TEST_EVERY = 8
 # Facts are longer by a token or two than any of so many that have been looked at.
@@ -62,7 +63,7 @@ def draw_facts(count: int, side: Side, rng: random.Random) -> list[Fact]:
 
     No name and no code of the test's facts is ever one of training's, whatever the generator.
     """
-    names, codes = _names(side, rng), _codes(side, rng)
+    names, codes = draw_names(side, rng), _codes(side, rng)
     return [
         Fact(*pair) for pair in zip(_distinct(names, count), _distinct(codes, count), strict=True)
     ]
@@ -73,7 +74,8 @@ def side_of(text: str) -> Side:
     return "test" if zlib.crc32(text.encode()) % _TEST_EVERY == 0 else "train"
 
 
-def _names(side: Side, rng: random.Random) -> Iterator[str]:
+def draw_names(side: Side, rng: random.Random) -> Iterator[str]:
+    """Yield names without end."""
     while True:
         parts = (_CONSONANTS, _VOWELS, _CONSONANTS, _VOWELS, _CONSONANTS)
         name = "".join(map(rng.choice, parts)).capitalize()
@@ -83,7 +85,7 @@ def _names(side: Side, rng: random.Random) -> Iterator[str]:
 
 def _codes(side: Side, rng: random.Random) -> Iterator[str]:
     while True:
-        code = " ".join(rng.choices(_LETTERS, k=_CODE_LETTERS))
+        code = " ".join(rng.choices(CODE_LETTERS, k=_CODE_LENGTH))
         if side_of(code) == side:
             yield code
 
@@ -95,88 +97,18 @@ def _distinct(drawn: Iterator[str], count: int) -> list[str]:
     return list(found)
 
 
-# --- text that teaches it -------------------------------------------------------------------------
-
-
-def recall_documents(
-    texts: Sequence[str],
-    count: int,
-    *,
-    characters: tuple[int, int],
-    seed: int,
-    facts: int = 8,
-    most: int = 64,
-    told: tuple[float, float] = (0.1, 1.0),
-) -> Iterator[str]:
-    """Yield documents that teach recall at many distances: real lines, and facts between them.
-
-    A document is about as long as a number between ``characters``, small ones as often as large
-    ones by ratio. It has 2 to ``facts`` facts in up to ``most`` sentences, each twice or oftener
-    and never next to itself: what follows a name that was there before can be known, by its name.
-    Between the shares ``told`` of it are facts: a network finds out in short dense ones that
-    looking back pays, and in others how far. They are mixed into pre-training's text, and into the
-    extension's, where long ones teach long distances.
-    """
-    lines = _lines(texts)
-    for number in range(count):
-        rng = random.Random(f"recall/{seed}/{number}")
-        low, high = characters
-        size = int(low * (high / low) ** rng.random())
-        length = len(Fact("Belon", "K D W R").sentence)
-        sentences = min(most, max(4, int(size * rng.uniform(*told) / length)))
-        chosen = draw_facts(rng.randint(2, min(facts, sentences // 2)), "train", rng)
-        said = _said_apart(chosen, sentences, rng)
-        room = max(0, size - sum(len(fact.sentence) for fact in said))
-        yield _scattered(list(_run(lines, room, rng)), said, rng)
-
-
-def _said_apart(chosen: Sequence[Fact], count: int, rng: random.Random) -> list[Fact]:
-    """Return facts in an order in which each comes twice or oftener, and none follows itself.
-
-    A network that could copy the sentence before would never learn to look for a name.
-    """
-    said = list(chosen)
-    second = rng.sample(chosen, len(chosen))
-    if second[0] == said[-1]:
-        second.reverse()
-    said += second
-    while len(said) < count:
-        said.append(rng.choice([fact for fact in chosen if fact != said[-1]]))
-    return said
-
-
-def _scattered(lines: list[str], said: Sequence[Fact], rng: random.Random) -> str:
-    """Put sentences between lines, in their order."""
-    drawn = sorted(rng.random() for _ in said)
-    places = [(place, fact.sentence) for place, fact in zip(drawn, said, strict=True)]
-    between = [((number + rng.random()) / len(lines), line) for number, line in enumerate(lines)]
-    between.sort()
-    return "".join(text for _, text in sorted([*between, *places], key=lambda pair: pair[0]))
-
-
-def _lines(texts: Sequence[str]) -> list[str]:
+def real_lines(texts: Sequence[str]) -> list[str]:
+    """Return the lines of texts that are not empty. Raises BadInput where there are none."""
     lines = [line for text in texts for line in text.splitlines(keepends=True) if line.strip()]
     if not lines:
         raise BadInput("a haystack needs text: give documents that are not empty")
     return [line if line.endswith("\n") else line + "\n" for line in lines]
 
 
-def _run(lines: Sequence[str], size: int, rng: random.Random) -> Iterator[str]:
-    """Yield lines from a random one on, until they have ``size`` characters."""
-    for line in _from(lines, rng):
-        size -= len(line)
-        if size < 0:
-            return
-        yield line
-
-
-def _from(lines: Sequence[Line], rng: random.Random) -> Iterator[Line]:
+def lines_from(lines: Sequence[Line], rng: random.Random) -> Iterator[Line]:
     """Yield lines without end, from a random one on."""
     start = rng.randrange(len(lines))
     return (lines[place % len(lines)] for place in itertools.count(start))
-
-
-# --- the test -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -232,7 +164,7 @@ class Haystack:
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, first: int = 0) -> None:
         """``first`` begins every prompt. Raises BadInput where there is no text."""
         self._tokenizer, self._first = tokenizer, first
-        self._lines = [self._ids(line) for line in _lines(texts)]
+        self._lines = [self._ids(line) for line in real_lines(texts)]
 
     def prompt(
         self, fact: Fact, others: Sequence[Fact], length: int, depth: float, rng: random.Random
@@ -261,7 +193,7 @@ class Haystack:
     def _filled(self, room: int, rng: random.Random) -> Iterator[list[int]]:
         """Yield lines that have ``room`` tokens together; the first is the rest of one."""
         found: list[list[int]] = []
-        for line in _from(self._lines, rng):
+        for line in lines_from(self._lines, rng):
             if room <= len(line):
                 break
             found.append(line)

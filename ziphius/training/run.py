@@ -43,6 +43,7 @@ from ziphius.training.optimizer import AdamW, Optimizer
 from ziphius.training.saving import Saver
 from ziphius.training.sharded import ShardedAdamW
 from ziphius.training.stage import Stage, pretraining
+from ziphius.training.start import Start
 from ziphius.training.state import Progress, TrainingState
 from ziphius.training.text import Text, prepare_text
 from ziphius.training.together import by_first
@@ -188,16 +189,20 @@ def pretrain(
     *,
     mesh: Mesh | None = None,
     text: Text | None = None,
+    start: Start | None = None,
     seconds: float = math.inf,
     stopping: Stopping = never_stopping,
 ) -> Trained:
     """Run the recipe's pre-training: see ``train``.
 
-    ``text`` is what ``prepare_text`` made of the same recipe, if the caller has it already.
+    ``text`` is what ``prepare_text`` made of the same recipe, if the caller has it already. A
+    ``start`` is pre-trained on, with its network and its tokenizer and fresh moments.
     """
+    if start is not None:
+        recipe = start.into(recipe)
 
     def prepare(recipe: Recipe, watch: Watch) -> Stage:
-        return pretraining(recipe, text or prepare_text(recipe, watch))
+        return pretraining(recipe, text or prepare_text(recipe, watch), start)
 
     return train(recipe, prepare, folder, watch, mesh=mesh, seconds=seconds, stopping=stopping)
 

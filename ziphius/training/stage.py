@@ -19,6 +19,7 @@ from ziphius.parallel.rows import MicroBatch
 from ziphius.training.objective import PreTraining, count_targets
 from ziphius.training.saving import Saver
 from ziphius.training.schedule import StepSettings
+from ziphius.training.start import Start
 from ziphius.training.text import Text
 
 
@@ -136,8 +137,8 @@ class NextTokens:
         )
 
 
-def pretraining(recipe: Recipe, text: Text) -> Stage:
-    """Return the stage that learns a text."""
+def pretraining(recipe: Recipe, text: Text, start: Start | None = None) -> Stage:
+    """Return the stage that learns a text, from a checkpoint on if one is given."""
     mask = recipe.data.document_mask
     return Stage(
         table="pretrain",
@@ -148,5 +149,6 @@ def pretraining(recipe: Recipe, text: Text) -> Stage:
         identity=text.corpus.sha256,
         document_mask=mask,
         heldout=text.heldout,
-        about=text.describe(),
+        start=None if start is None else start.folder,
+        about={**text.describe(), **({} if start is None else start.about)},
     )
