@@ -271,3 +271,19 @@ def test_a_guard_gives_up_after_so_many_returns(
             RunFolder(tmp_path / "run"),
             Silent(),
         )
+
+
+@pytest.mark.parametrize("at", [2, 4, 6])
+def test_a_mixture_that_changes_goes_on_in_its_turn(at: int, words: Path, tmp_path: Path) -> None:
+    spans = ((0, "40%"), ("40%", "100%"), (0, "100%"))
+    sources = ", ".join(
+        f'{{path = "{words / name}", begin = {json.dumps(begin)}, end = {json.dumps(end)}}}'
+        for name, (begin, end) in zip(("alpha", "beta", "gamma"), spans, strict=True)
+    )
+    # One network for all: overrides come last.
+    changing = recipe(words, "data.source=stdlib", f"data.sources=[{sources}]")
+    pretrain(changing, RunFolder(tmp_path / "whole"), Silent())
+    with breaking_off(at) as watch:
+        pretrain(changing, RunFolder(tmp_path / "parts"), watch)
+    pretrain(changing, RunFolder(tmp_path / "parts", resume=True), Silent())
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")

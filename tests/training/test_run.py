@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ziphius.training import run
 from ziphius.training.folder import RunFolder
 from ziphius.training.machine import free_bytes
 from ziphius.training.run import kernels_of, pretrain, resolve
+from ziphius.training.start import open_start
 
 
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
@@ -90,3 +92,25 @@ def test_the_worst_case_of_experts_has_room_or_is_refused(
 def test_free_memory_is_some() -> None:
     free = free_bytes("cpu")
     assert free is None or free > 2**20
+
+
+def test_pre_training_can_begin_with_a_checkpoint(words: Path, tmp_path: Path) -> None:
+    """Its weights, its network and its tokenizer, whatever the recipe says; fresh moments."""
+    settings = ("pretrain.steps=2", "pretrain.ema_decay=0.0", "precision.compute=float32")
+    pretrain(recipe(words, *settings), RunFolder(tmp_path / "base"), Silent())
+    start = open_start(tmp_path / "base")
+    more = recipe(words, *settings, "model.hidden_size=64", "run.seed=5")
+    trained = pretrain(more, RunFolder(tmp_path / "more"), Silent(), start=start)
+    base, on = (json.loads((tmp_path / at / "summary.json").read_text()) for at in ("base", "more"))
+    assert on["heldout_bpb_before"] == pytest.approx(base["heldout_bpb_after"], rel=1e-5)
+    assert on["heldout_bpb_after"] < on["heldout_bpb_before"]
+    assert (on["start"], on["start_sha256"]) == (str(start.folder), start.sha256)
+    assert trained.model is not None
+    assert trained.model.config == start.config
+
+
+def test_a_source_may_not_leave_a_run_without_text(words: Path, tmp_path: Path) -> None:
+    late = recipe(words, "data.source=stdlib", f'data.sources=[{{path="{words}", begin="50%"}}]')
+    with pytest.raises(BadInput, match="none is read 0 tokens into the run"):
+        pretrain(late, RunFolder(tmp_path / "run"), Silent())
+    assert not (tmp_path / "run").exists()

@@ -102,6 +102,7 @@ def quickstart(
             fitting = _tokens_that_fit(recipe, text, seconds["pretrain"], display)
             settings += options.length(tokens=fitting)
             recipe = run.resolve(load_recipe(PRESET, settings))
+            text = text.lasting(recipe)
             limit = seconds["pretrain"] * _OVERTIME
         with telling_how_to_go_on(out):
             trained = run.pretrain(

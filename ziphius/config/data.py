@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from ziphius.config.moment import Moment
 from ziphius.config.table import Table
 
 
@@ -17,12 +18,16 @@ class SourceConfig(Table):
     the Hugging Face hub; ``hf:OWNER/NAME:CONFIG@SPLIT`` names its parts. A folder that ``ziphius
     prepare`` made is a whole mixture, and can only be the single source. ``weight`` is the source's
     share of the training tokens, relative to the other weights. ``text_field`` names the text in a
-    record.
+    record. Pre-training reads a source from ``begin`` to ``end`` of the run, numbers of tokens or
+    shares such as ``"20%"``; weights count among those that are read at a time. A longer context is
+    learned on the sources that are read to the end.
     """
 
     path: str = Field(min_length=1)
     weight: float = Field(1.0, gt=0)
     text_field: str = Field("text", min_length=1)
+    begin: Moment = 0
+    end: Moment = "100%"
 
 
 class _Sources(Table):

@@ -24,6 +24,12 @@ def _check(value: int | str) -> int | str:
 Moment = Annotated[int | str, AfterValidator(_check)]
 
 
+Span = tuple[int | str, int | str]
+"""Two moments: from one to the other."""
+
+WHOLE_RUN: Span = (0, "100%")
+
+
 def moment_tokens(moment: int | str, total: int) -> int:
     """Return how many tokens are seen at ``moment`` of a run of ``total`` tokens."""
     if isinstance(moment, int):

@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import islice
 
 from ziphius.config.data import DataConfig
+from ziphius.config.moment import WHOLE_RUN, Span
 from ziphius.data.documents import Document, digest_of_texts
 from ziphius.data.examine import Examined, examine
 from ziphius.data.readers import Raw, read_piece
@@ -22,7 +23,8 @@ _AT_ONCE = 64
 class Corpus:
     """Training and held-out documents, each sorted by source and name, and what was left out.
 
-    ``weights`` are the sources' shares of the training tokens, relative to each other.
+    ``weights`` are the sources' shares of the training tokens, relative to each other; ``spans``
+    say when each is read.
     """
 
     train: tuple[Document, ...]
@@ -30,6 +32,7 @@ class Corpus:
     description: str
     removed: tuple[Removed, ...] = ()
     weights: tuple[float, ...] = (1.0,)
+    spans: tuple[Span, ...] = (WHOLE_RUN,)
 
     @cached_property
     def train_bytes(self) -> int:
@@ -98,6 +101,7 @@ def read_corpus(config: DataConfig, on_progress: Progress | None = None) -> Corp
         describe_sources(sources),
         selection.removed,
         tuple(source.config.weight for source in sources),
+        tuple((source.config.begin, source.config.end) for source in sources),
     )
 
 

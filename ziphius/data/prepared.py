@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from ziphius.checkpoint.files import MANIFEST, check_manifest
 from ziphius.config.data import DataConfig
 from ziphius.config.errors import BadInput
+from ziphius.config.moment import WHOLE_RUN, Span
 from ziphius.data.documents import Document
 from ziphius.data.removed import NOT_UTF8, ReasonCount, Removed
 from ziphius.data.shards import Shard, TokenShards
@@ -36,7 +37,8 @@ FORMAT = 1
 class Prepared:
     """Prepared text: token ids on the disk, and the held-out documents in memory.
 
-    ``sources`` are what a loader takes: documents as token ids, and the source's weight.
+    ``sources`` are what a loader takes: documents as token ids, and the source's weight; ``spans``
+    say when each is read.
     ``documents``, ``train_bytes`` (UTF-8) and ``tokens`` (BOS and EOS included) count the training
     text, ``sha256`` is over names and texts of all documents, the held-out ones included; the same
     text read into memory has the same.
@@ -54,6 +56,7 @@ class Prepared:
     heldout_packages: tuple[str, ...]
     tokens: int
     removed_counts: tuple[ReasonCount, ...]
+    spans: tuple[Span, ...]
 
     @property
     def skipped(self) -> int:
@@ -148,5 +151,10 @@ def _open(path: Path, described: Mapping[str, Any]) -> Prepared:
         tuple(
             ReasonCount(**{**count, "examples": tuple(count["examples"])})
             for count in described["removed"]
+        ),
+        # Folders that were made before sources had them have none.
+        tuple(
+            (source.get("begin", WHOLE_RUN[0]), source.get("end", WHOLE_RUN[1]))
+            for source in described["sources"]
         ),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ziphius.data.corpus import Corpus, read_corpus
 from ziphius.data.documents import Document
 from ziphius.data.encode import EncodedDocuments
 from ziphius.data.heldout import HeldoutRows, heldout_rows
+from ziphius.data.in_turn import InTurn, stretches
 from ziphius.data.loader import Loader
 from ziphius.data.prepared import Prepared, open_prepared, prepared_folder
 from ziphius.data.projects import LongDocuments
@@ -24,6 +25,9 @@ from ziphius.data.removed import tell_reasons
 from ziphius.data.tokenizer import load_tokenizer, train_tokenizer
 from ziphius.data.tokens import Tokens
 from ziphius.training.watch import Watch
+
+Sources = Sequence[tuple[Tokens, float]]
+"""Documents as token ids, and their source's weight."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,18 @@ class Text:
 
     corpus: Corpus | Prepared
     tokenizer: Tokenizer
-    loader: Loader
+    loader: Loader | InTurn
     heldout: HeldoutRows
+    sources: Sources
+
+    def lasting(self, recipe: Recipe) -> Text:
+        """Return the text of the same recipe for pre-training of another length.
+
+        Raises BadInput where at some time no source is read.
+        """
+        self.loader.close()
+        loader = _pretraining_batches(recipe, self.corpus, self.sources, self.tokenizer)
+        return replace(self, loader=loader)
 
     def describe(self) -> dict[str, Any]:
         """Return what a summary says about the text."""
@@ -64,7 +78,7 @@ def prepare_text(recipe: Recipe, watch: Watch) -> Text:
     that cannot be used, and for too little of it.
     """
     corpus = _open(recipe, watch)
-    sources: Sequence[tuple[Tokens, float]]
+    sources: Sources
     if isinstance(corpus, Prepared):
         tokenizer, sources = corpus.tokenizer, corpus.sources
     else:
@@ -77,8 +91,22 @@ def prepare_text(recipe: Recipe, watch: Watch) -> Text:
     _require_room(tokenizer, recipe)
     length = recipe.pretrain.sequence_length
     heldout = heldout_rows(corpus.heldout, tokenizer, length, recipe.run.validate_bytes)
-    loader = _loader(recipe, recipe.pretrain, sources, tokenizer, recipe.data.fim_rate)
-    return Text(corpus, tokenizer, loader, heldout)
+    loader = _pretraining_batches(recipe, corpus, sources, tokenizer)
+    return Text(corpus, tokenizer, loader, heldout, sources)
+
+
+def _pretraining_batches(
+    recipe: Recipe, corpus: Corpus | Prepared, sources: Sources, tokenizer: Tokenizer
+) -> Loader | InTurn:
+    """Return the batches of a mixture that may change during the run."""
+    config = recipe.pretrain
+    streams = []
+    for number, (begin, places) in enumerate(stretches(corpus.spans, config.total_tokens)):
+        read = [sources[place] for place in places]
+        seed = recipe.run.seed + number  # what is read again comes in another order
+        loader = _loader(recipe, config, read, tokenizer, recipe.data.fim_rate, seed=seed)
+        streams.append((begin, loader))
+    return streams[0][1] if len(streams) == 1 else InTurn(streams)
 
 
 def prepare_long_text(
@@ -105,6 +133,9 @@ def prepare_long_text(
             for documents, weight in corpus.train_by_source
         ]
     _require_room(tokenizer, recipe)
+    total = recipe.pretrain.total_tokens
+    *_, (_, last) = stretches(corpus.spans, total)
+    sources = [sources[place] for place in last]
     watch.say(
         f"{sum(source.files for source, _ in sources):,} files in "
         f"{sum(len(source.lengths) for source, _ in sources):,} documents of whole files"
@@ -112,8 +143,8 @@ def prepare_long_text(
     heldout = heldout_rows(
         corpus.heldout, tokenizer, config.sequence_length, recipe.run.validate_bytes
     )
-    loader = _loader(recipe, config, sources, tokenizer, 0.0, "extend")
-    return Text(corpus, tokenizer, loader, heldout)
+    loader = _loader(recipe, config, sources, tokenizer, 0.0, seed=recipe.run.seed, table="extend")
+    return Text(corpus, tokenizer, loader, heldout, sources)
 
 
 def heldout_documents(config: DataConfig) -> tuple[Document, ...]:
@@ -166,16 +197,18 @@ def _require_room(tokenizer: Tokenizer, recipe: Recipe) -> None:
 def _loader(
     recipe: Recipe,
     config: TrainingConfig,
-    sources: Sequence[tuple[Tokens, float]],
+    sources: Sources,
     tokenizer: Tokenizer,
     fim_rate: float,
+    *,
+    seed: int,
     table: str = "pretrain",
 ) -> Loader:
     loader = Loader(
         sources,
         tokenizer,
         sequence_length=config.sequence_length,
-        seed=recipe.run.seed,
+        seed=seed,
         fim_rate=fim_rate,
         token_split_rate=recipe.data.token_split_rate,
         workers=recipe.data.workers,
