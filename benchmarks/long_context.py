@@ -46,7 +46,7 @@ SETTINGS = (
     "data.document_mask=true",
     "data.fim_rate=0",
     "data.token_split_rate=0",
-    "extend.steps=[500, 130]",
+    "extend.steps=[500, 60]",
     "run.threads=2",
     "run.checkpoint_every=1000000",
     "run.validate_bytes=50000",
@@ -56,7 +56,7 @@ COPIES, ALIKE = 40_000, 0.7
 # Documents of facts: in tightly packed short ones it pays to look back, in others how far.
 DENSE: dict[str, Any] = {"characters": (200, 700), "told": (0.8, 1.0)}
 SPREAD: dict[str, Any] = {"characters": (200, 900), "told": (0.1, 0.8)}
-LONG: dict[str, Any] = {"characters": (4000, 32_000), "told": (0.05, 0.5)}
+LONG: dict[str, Any] = {"characters": (2000, 24_000), "told": (0.05, 0.6)}
 # Shares of tokens; the preset's own text is the rest.
 PRETRAINED = {"copies": 0.2, "dense": 0.25, "spread": 0.25}
 EXTENDED = {"long": 0.5, "copies": 0.1, "spread": 0.1}
