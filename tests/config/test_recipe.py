@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.support import tiny_config
+from ziphius.config.data import SourceConfig
 from ziphius.config.errors import BadInput, ZiphiusError
 from ziphius.config.model import ModelConfig, Yarn
 from ziphius.config.precision import PrecisionConfig
@@ -321,3 +322,16 @@ def test_the_words_of_the_precision_table() -> None:
 def test_errors_have_their_exit_codes() -> None:
     assert (BadInput.exit_code, ZiphiusError.exit_code) == (2, 1)
     assert issubclass(BadInput, ZiphiusError)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"), [("50%", "20%"), ("50%", "50%"), (7, 7), (8, 7), ("12.51%", "12.5%")]
+)
+def test_a_source_that_is_never_read_is_refused(begin: int | str, end: int | str) -> None:
+    with pytest.raises(ValueError, match=r"code: is never read from begin = .* to end = "):
+        SourceConfig(path="code", begin=begin, end=end)
+
+
+def test_tokens_and_shares_may_bound_one_source() -> None:
+    assert SourceConfig(path="code", begin=1000, end="20%").end == "20%"
+    assert SourceConfig(path="code", begin="12.5%", end="12.51%").begin == "12.5%"

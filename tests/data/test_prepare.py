@@ -246,3 +246,13 @@ def test_a_prepared_folder_can_be_opened_again(tmp_path: Path, sources: str) -> 
     again = open_prepared(tmp_path / "out")
     assert again.heldout == prepared.heldout
     assert again.sha256 == prepared.sha256
+
+
+def test_prepared_sources_are_read_when_the_recipe_says(tmp_path: Path) -> None:
+    write(tmp_path, {name: prose(number, 60) for number, name in enumerate(("a.txt", "b.txt"))})
+    given = recipe(
+        f'data.sources=[{{path="{tmp_path / "a.txt"}", end="25%"}}, '
+        f'{{path="{tmp_path / "b.txt"}", begin=1000}}]'
+    )
+    assert read_corpus(given.data).spans == ((0, "25%"), (1000, "100%"))
+    assert run(given, tmp_path / "out").spans == ((0, "25%"), (1000, "100%"))

@@ -18,6 +18,8 @@ from ziphius.config.recipe import Recipe, load_recipe
 from ziphius.data.corpus import read_corpus
 from ziphius.data.engine import LocalEngine
 from ziphius.data.heldout import heldout_rows
+from ziphius.data.in_turn import InTurn
+from ziphius.data.loader import Loader
 from ziphius.data.prepare import prepare
 from ziphius.data.tokenizer import read_tokenizer
 from ziphius.parallel.layout import Layout
@@ -25,6 +27,7 @@ from ziphius.parallel.mesh import make_mesh
 from ziphius.training.extend import extend, phase_folders
 from ziphius.training.folder import RunFolder
 from ziphius.training.run import pretrain
+from ziphius.training.text import prepare_long_text
 from ziphius.training.validate import validate
 
 _SETTINGS = (
@@ -229,3 +232,18 @@ def test_rows_divided_among_processes(pool: Pool, words: Path, base: Path, tmp_p
         for key in ("loss", "mtp_loss", "grad_norm"):
             expected = [line[key] for line in theirs]
             assert [line[key] for line in ours] == pytest.approx(expected, rel=1e-4)
+
+
+def test_long_rows_are_of_the_sources_that_are_read_to_the_end(words: Path, base: Path) -> None:
+    tokenizer = read_tokenizer(base / "checkpoint" / "tokenizer.json")
+
+    def batches(*sources: str) -> Loader | InTurn:
+        chosen = recipe(words, "data.source=stdlib", f"data.sources=[{', '.join(sources)}]")
+        assert chosen.extend is not None
+        phase = chosen.extend.phase(0, 1e-3)
+        return prepare_long_text(chosen, phase, tokenizer, Silent()).loader
+
+    alpha, beta = (f'path="{words / name}"' for name in ("alpha", "beta"))
+    both = batches(f"{{{alpha}}}", f"{{{beta}}}").tokens_per_epoch
+    late = batches(f'{{{alpha}, end="50%"}}', f'{{{beta}, begin="50%"}}')
+    assert late.tokens_per_epoch == batches(f"{{{beta}}}").tokens_per_epoch < both

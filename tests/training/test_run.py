@@ -95,7 +95,7 @@ def test_free_memory_is_some() -> None:
 
 
 def test_pre_training_can_begin_with_a_checkpoint(words: Path, tmp_path: Path) -> None:
-    """Its weights, its network and its tokenizer, whatever the recipe says; fresh moments."""
+    """Its weights, its network and its tokenizer, whatever the recipe says."""
     settings = ("pretrain.steps=2", "pretrain.ema_decay=0.0", "precision.compute=float32")
     pretrain(recipe(words, *settings), RunFolder(tmp_path / "base"), Silent())
     start = open_start(tmp_path / "base")

@@ -6,8 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ziphius.config.moment import Moment
+from ziphius.config.moment import Moment, moment_tokens
 from ziphius.config.table import Table
+
+# A run so long that no two shares of it, as anybody writes them, are the same number of tokens.
+_FINE = 10**9
 
 
 class SourceConfig(Table):
@@ -28,6 +31,17 @@ class SourceConfig(Table):
     text_field: str = Field("text", min_length=1)
     begin: Moment = 0
     end: Moment = "100%"
+
+    @model_validator(mode="after")
+    def _is_read(self) -> SourceConfig:
+        # Tokens and shares can only be compared in a run.
+        comparable = isinstance(self.begin, int) == isinstance(self.end, int)
+        if comparable and moment_tokens(self.begin, _FINE) >= moment_tokens(self.end, _FINE):
+            raise ValueError(
+                f"{self.path}: is never read from begin = {self.begin} to end = {self.end}: let it "
+                "begin before it ends"
+            )
+        return self
 
 
 class _Sources(Table):

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from ziphius.config.data import DataConfig
 from ziphius.config.errors import BadInput
+from ziphius.config.moment import WHOLE_RUN
 from ziphius.config.pretrain import TrainingConfig
 from ziphius.config.recipe import Recipe
 from ziphius.data.corpus import Corpus, read_corpus
@@ -48,6 +49,8 @@ class Text:
 
         Raises BadInput where at some time no source is read.
         """
+        if all(span == WHOLE_RUN for span in self.corpus.spans):
+            return self
         self.loader.close()
         loader = _pretraining_batches(recipe, self.corpus, self.sources, self.tokenizer)
         return replace(self, loader=loader)
