@@ -84,7 +84,7 @@ def exact(
     st.sampled_from([1, 2, 63, 64, 65, 130, 200]),
     st.sampled_from([1, 6, 16, 40, 96]),
     st.sampled_from([1, 5, 16, 72]),
-    st.booleans(),
+    st.sampled_from(["one", "in turn", "mixed"]),
     st.integers(0, 10**6),
 )
 def test_attention(
@@ -95,13 +95,15 @@ def test_attention(
     T: int,
     d: int,
     v: int,
-    packed: bool,
+    documents: str,
     seed: int,
 ) -> None:
     """Lengths round the blocks' size, widths that fill no vector, documents in pieces."""
     torch.manual_seed(seed)
     inputs = [torch.randn(B, T, H, width).to(dtype).transpose(1, 2) for width in (d, d, v)]
-    documents_BT = torch.randint(-1, 3, (B, T)).sort(-1).values.int() if packed else None
+    mixed_BT = torch.randint(-1, 3, (B, T)).int()
+    ordered_BT = mixed_BT.sort(-1).values
+    documents_BT = {"one": None, "in turn": ordered_BT, "mixed": mixed_BT}[documents]
 
     def compiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention.causal_attention_compiled(library, q, k, v, d**-0.5, documents_BT)

@@ -2,10 +2,12 @@
 //
 // A head's matrices are packed once; all products run on the packed forms, in BF16 with sums in
 // FP32 where the tensors are BF16. Backward computes the weights again from the scores' logarithm
-// of sums. Blocks above the diagonal are not visited.
+// of sums. Blocks above the diagonal are not visited, nor those between other documents.
 #include "gemm.h"
 
 #include <limits>
+#include <utility>
+#include <vector>
 
 namespace {
 
@@ -50,13 +52,44 @@ void rows_out(Rows<T> to, const wide<T>* from, int64_t rows, int64_t width, wide
         for (int64_t i = 0; i < width; i++) to[t][i] = narrow<T>(from[t * width + i] * factor);
 }
 
-// Write value over what a query may not see of a block of keys: later ones, and other documents'.
-template <class H>
-inline void hide(H* row, H value, const int64_t* documents, int64_t query, int64_t key) {
-    if (documents)
-        for (int64_t c = 0; c < BLOCK && key + c <= query; c++)
-            if (documents[key + c] != documents[query]) row[c] = value;
-    for (int64_t c = query - key + 1; c < BLOCK; c++) row[c] = value;
+// Whether queries of one block see keys of another, by the documents of both.
+enum class Sight { NOTHING, SOME, ALL };
+
+// The first and the last number of the documents in every block; nothing where there is no mask.
+class Documents {
+  public:
+    Documents(const int64_t* numbers, int64_t length) : numbers(numbers) {
+        for (int64_t t = 0; numbers && t < length; t += BLOCK) {
+            auto [first, last] = std::minmax_element(numbers + t, numbers + std::min(t + BLOCK, length));
+            ranges.push_back({*first, *last});
+        }
+    }
+    Sight sight(int64_t query, int64_t key) const {
+        if (!numbers) return Sight::ALL;
+        auto [from, to] = ranges[query / BLOCK];
+        auto [first, last] = ranges[key / BLOCK];
+        if (first > to || last < from) return Sight::NOTHING;
+        return first == last && from == to ? Sight::ALL : Sight::SOME;
+    }
+    // Write value over what a query may not see of a block of keys: later ones, other documents'.
+    template <class H> void hide(H* row, H value, int64_t query, int64_t key) const {
+        int64_t seen = std::min(BLOCK, query - key + 1);
+        if (numbers)
+            for (int64_t c = 0; c < seen; c++)
+                row[c] = numbers[key + c] == numbers[query] ? row[c] : value;
+        for (int64_t c = seen; c < BLOCK; c++) row[c] = value;
+    }
+
+  private:
+    const int64_t* numbers;
+    std::vector<std::pair<int64_t, int64_t>> ranges;
+};
+
+std::vector<Documents> documents_of(const int64_t* numbers, Shape s) {
+    std::vector<Documents> all;
+    for (int64_t b = 0; b < s.batch; b++)
+        all.emplace_back(numbers ? numbers + b * s.length : nullptr, s.length);
+    return all;
 }
 
 // One row of a block of scores: its weights against the largest score so far, in place. Sums so
@@ -87,7 +120,7 @@ template <class T> int64_t forward_memory(Shape s) {
 
 template <class T>
 void forward_head(Memory<unit<T>>& memory, Memory<wide<T>>& wides, Rows<const T> q,
-                  Rows<const T> k, Rows<const T> v, const int64_t* documents, Rows<T> out,
+                  Rows<const T> k, Rows<const T> v, const Documents& documents, Rows<T> out,
                   wide<T>* log_sums, Shape s, wide<T> scale) {
     using H = wide<T>;
     memory.used = wides.used = 0;
@@ -110,13 +143,15 @@ void forward_head(Memory<unit<T>>& memory, Memory<wide<T>>& wides, Rows<const T>
         std::fill(largest, largest + BLOCK, -std::numeric_limits<H>::max());
         std::fill(total, total + BLOCK, H(0));
         for (int64_t key = 0; key <= query; key += BLOCK) {
+            Sight sight = documents.sight(query, key);
+            if (sight == Sight::NOTHING) continue;
             int64_t some = std::min(BLOCK, s.length - key), block = key / BLOCK;
             multiply<T, H>(scores, BLOCK, queries, units<T>(s.width), 1, keys + block * key_size,
                            rows, some, s.width);
             for (int64_t r = 0; r < rows; r++) {
                 H* row = scores + r * BLOCK;
-                if (key == query || documents)
-                    hide(row, -std::numeric_limits<H>::infinity(), documents, query + r, key);
+                if (key == query || sight == Sight::SOME)
+                    documents.hide(row, -std::numeric_limits<H>::infinity(), query + r, key);
                 H fading = soften(row, scale, largest[r], total[r]);
                 for (int64_t i = 0; i < s.value; i++) sums[r * s.value + i] *= fading;
                 T* weight = (T*)weights + r * BLOCK;
@@ -163,7 +198,7 @@ template <class T> struct Packed {
 template <class T>
 void backward_head(Memory<unit<T>>& memory, Memory<wide<T>>& wides, Rows<const T> q,
                    Rows<const T> k, Rows<const T> v, Rows<const T> out, Rows<const T> dout,
-                   const int64_t* documents, const wide<T>* log_sums, Rows<T> dq, Rows<T> dk,
+                   const Documents& documents, const wide<T>* log_sums, Rows<T> dq, Rows<T> dk,
                    Rows<T> dv, Shape s, wide<T> scale) {
     using H = wide<T>;
     memory.used = wides.used = 0;
@@ -188,6 +223,9 @@ void backward_head(Memory<unit<T>>& memory, Memory<wide<T>>& wides, Rows<const T
         std::fill(dkeys, dkeys + BLOCK * s.width, H(0));
         std::fill(dvalues, dvalues + BLOCK * s.value, H(0));
         for (int64_t query = key; query < s.length; query += BLOCK) {
+            Sight sight = documents.sight(query, key);
+            if (sight == Sight::NOTHING) continue;
+            bool hiding = key == query || sight == Sight::SOME;
             int64_t rows = std::min(BLOCK, s.length - query), i = query / BLOCK;
             multiply<T, H>(p, BLOCK, queries.left + i * queries.left_size, units<T>(s.width), 1,
                            keys.columns + j * keys.columns_size, rows, some, s.width);
@@ -198,9 +236,9 @@ void backward_head(Memory<unit<T>>& memory, Memory<wide<T>>& wides, Rows<const T
                 H shift = log_sums[query + r], delta = deltas[query + r];
 #pragma omp simd
                 for (int64_t c = 0; c < BLOCK; c++) row[c] = exponential(row[c] * scale - shift);
-                if (key == query || documents) hide(row, H(0), documents, query + r, key);
+                if (hiding) documents.hide(row, H(0), query + r, key);
                 for (int64_t c = 0; c < BLOCK; c++) grad[c] = row[c] * (grad[c] - delta);
-                if (key == query || documents) hide(grad, H(0), documents, query + r, key);
+                if (hiding) documents.hide(grad, H(0), query + r, key);
                 T* to = (T*)left + r * BLOCK;
                 for (int64_t c = 0; c < BLOCK; c++) to[c] = narrow<T>(grad[c]);
             }
@@ -223,6 +261,7 @@ template <class T>
 void forward(const T* q, const T* k, const T* v, const int64_t* strides, const int64_t* documents,
              T* out, wide<T>* log_sums, Shape s, double scale, int64_t threads) {
     Strides sq{strides}, sk{strides + 3}, sv{strides + 6}, so{strides + 9};
+    std::vector<Documents> marked = documents_of(documents, s);
 #pragma omp parallel num_threads(threads)
     {
         Memory<unit<T>> memory(forward_memory<T>(s) + 4 * BYTES);
@@ -231,8 +270,8 @@ void forward(const T* q, const T* k, const T* v, const int64_t* strides, const i
         for (int64_t head = 0; head < s.batch * s.heads; head++) {
             int64_t b = head / s.heads, h = head % s.heads;
             forward_head<T>(memory, wides, sq.of(q, b, h), sk.of(k, b, h), sv.of(v, b, h),
-                            documents ? documents + b * s.length : nullptr, so.of(out, b, h),
-                            log_sums + head * s.length, s, wide<T>(scale));
+                            marked[b], so.of(out, b, h), log_sums + head * s.length, s,
+                            wide<T>(scale));
         }
     }
 }
@@ -243,6 +282,7 @@ void backward(const T* q, const T* k, const T* v, const T* out, const T* dout,
               T* dk, T* dv, Shape s, double scale, int64_t threads) {
     Strides sq{strides}, sk{strides + 3}, sv{strides + 6}, so{strides + 9}, sd{strides + 12};
     Strides gq{strides + 15}, gk{strides + 18}, gv{strides + 21};
+    std::vector<Documents> marked = documents_of(documents, s);
 #pragma omp parallel num_threads(threads)
     {
         Memory<unit<T>> memory(2 * Packed<T>::memory(s, s.width) +
@@ -254,8 +294,7 @@ void backward(const T* q, const T* k, const T* v, const T* out, const T* dout,
             int64_t b = head / s.heads, h = head % s.heads;
             backward_head<T>(memory, wides, sq.of(q, b, h), sk.of(k, b, h), sv.of(v, b, h),
                              so.of(out, b, h), sd.of(dout, b, h),
-                             documents ? documents + b * s.length : nullptr,
-                             log_sums + head * s.length, gq.of(dq, b, h), gk.of(dk, b, h),
+                             marked[b], log_sums + head * s.length, gq.of(dq, b, h), gk.of(dk, b, h),
                              gv.of(dv, b, h), s, wide<T>(scale));
         }
     }
