@@ -69,6 +69,18 @@ def test_a_skipped_loss_does_not_move_the_median() -> None:
     assert guard.losses == before
 
 
+def test_losses_of_another_text_start_a_new_history() -> None:
+    guard = calm()
+    guard.reading(0)
+    assert len(guard.losses) == 20
+    guard.reading(1)
+    for step in range(10):
+        assert guard.judge(step, 9 + 0.01 * (step % 3), 1.0) is None
+    assert guard.largest_spike is None or guard.largest_spike["nats"] < 0.1
+    guard.reading(1)
+    assert guard.judge(11, 10.5, 1.0) is not None
+
+
 def test_it_goes_back_after_skips_in_a_row_and_only_so_often() -> None:
     guard = calm(patience=3, max_rollbacks=1)
     for step in range(3):
@@ -98,3 +110,11 @@ def test_a_guard_that_was_saved_judges_like_one_that_was_not(losses: list[float]
     found += [second.judge(step, loss, 1.0) for step, loss in enumerate(losses[at:], len(found))]
     assert found == expected
     assert second.state() == whole.state()
+
+
+def test_a_state_from_before_texts_were_counted_is_read() -> None:
+    state = calm().state()
+    del state["turn"]
+    guard = Guard(GuardConfig())
+    guard.load_state(state)
+    assert guard.state() == calm().state()

@@ -287,3 +287,23 @@ def test_a_mixture_that_changes_goes_on_in_its_turn(at: int, words: Path, tmp_pa
         pretrain(changing, RunFolder(tmp_path / "parts"), watch)
     pretrain(changing, RunFolder(tmp_path / "parts", resume=True), Silent())
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_mixture_that_changes_is_no_spike(words: Path, tmp_path: Path) -> None:
+    """The loss of text that is new lies above that of text which was learned."""
+    easy = tmp_path / "easy.txt"
+    easy.write_text("aa " * 3000, "utf-8")
+    sources = f'{{path = "{easy}", end = "50%"}}, {{path = "{words / "beta"}", begin = "50%"}}'
+    changing = recipe(
+        words,
+        "data.source=stdlib",
+        f"data.sources=[{sources}]",
+        "data.clean=false",
+        "pretrain.steps=60",
+        "pretrain.learning_rate=2e-2",
+        "run.checkpoint_every=100",
+    )
+    trained = pretrain(changing, RunFolder(tmp_path / "run"), Silent())
+    losses = [record["loss"] for record in metrics(tmp_path / "run")]
+    assert losses[30] > losses[29] + 1, "else there is nothing to take for a spike"
+    assert trained.summary["skipped_steps"] == 0

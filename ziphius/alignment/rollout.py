@@ -155,6 +155,11 @@ class Rollouts:
         self.number = int(state["rollouts"])
         self.forget()
 
+    @property
+    def turn(self) -> int:
+        """All of the stream is one text."""
+        return 0
+
     def forget(self) -> None:
         """Leave out answers of a policy that is gone, those that are on their way included."""
         self._pending.clear()

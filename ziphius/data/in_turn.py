@@ -46,7 +46,7 @@ class InTurn:
 
     def next_batch(self, batch_size: int) -> Batch:
         """Return the next rows of the stream whose turn it is. Raises what this one does."""
-        stream = self._streams[self._turn]
+        stream = self._streams[self.turn]
         batch = stream.next_batch(batch_size)
         self._tokens += batch_size * stream.sequence_length
         return batch
@@ -54,7 +54,7 @@ class InTurn:
     @property
     def padding(self) -> float:
         """The share of padding in what is dealt out now."""
-        return self._streams[self._turn].padding
+        return self._streams[self.turn].padding
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -108,5 +108,6 @@ class InTurn:
             stream.require_rows(batch_size)
 
     @property
-    def _turn(self) -> int:
+    def turn(self) -> int:
+        """Whose turn it is: the place of the stream that the next batch is of."""
         return max(n for n, begin in enumerate(self._begins) if begin <= self._tokens)

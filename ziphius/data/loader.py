@@ -150,6 +150,11 @@ class Loader:
         """The stream can stop behind any batch."""
         return True
 
+    @property
+    def turn(self) -> int:
+        """All of the stream is one text."""
+        return 0
+
     def forget(self) -> None:
         """Nothing depends on weights."""
 

@@ -21,11 +21,17 @@ class Guard:
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
+        self.turn = 0
         self.losses: list[float] = []
         self.in_row = 0
         self.skipped = 0
         self.rollbacks = 0
         self.largest_spike: dict[str, float] | None = None
+
+    def reading(self, turn: int) -> None:
+        """Take note of which text is read: losses of another one start a new history."""
+        if turn != self.turn:
+            self.turn, self.losses = turn, []
 
     def judge(self, step: int, loss: float, grad_norm: float) -> str | None:
         """Return why this step must not be applied, or ``None``. Losses and spikes are in nats."""
@@ -57,6 +63,7 @@ class Guard:
     def state(self) -> dict[str, Any]:
         """Return everything it remembers, as numbers that JSON keeps exactly."""
         return {
+            "turn": self.turn,
             "losses": self.losses,
             "in_row": self.in_row,
             "skipped": self.skipped,
@@ -67,7 +74,7 @@ class Guard:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue with what ``state`` returned."""
         for name in self.state():
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))
 
     def _reason(self, step: int, loss: float, grad_norm: float) -> str | None:
         if not math.isfinite(loss):

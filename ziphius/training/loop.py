@@ -155,6 +155,7 @@ class Loop:
         settings = settings_at(
             config, progress.step + 1, progress.tokens, max(progress.tokens, clock)
         )
+        state.guard.reading(state.loader.turn)
         batch = state.loader.next_batch(settings.batch_size)
         result = train_step(
             state.passes,

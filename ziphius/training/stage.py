@@ -43,6 +43,11 @@ class Batches(Protocol):
         """Whether the stream can go on from its ``state`` of this moment."""
         ...
 
+    @property
+    def turn(self) -> int:
+        """Which text the next batch is of: losses of one say nothing of another's."""
+        ...
+
     def forget(self) -> None:
         """Leave out what was made for weights that are gone: the run has gone back."""
         ...
