@@ -37,7 +37,6 @@ from ziphius.training.run import pretrain
 from ziphius.training.text import heldout_documents
 
 PRESET = "tiny"
-STEPS = 3600
 # At the preset's own rate, which suits few tokens, attention learns no recall; eight numbers of
 # position hardly tell a neighbour from a token 63 further, where the two fastest turn alike: see
 # dev/LOG.md.
@@ -45,7 +44,7 @@ SETTINGS = (
     "model.max_position_embeddings=512",
     "model.qk_nope_head_dim=16",
     "model.qk_rope_head_dim=16",
-    f"pretrain.steps={STEPS}",
+    "pretrain.steps=3600",
     "pretrain.sequence_length=512",
     "pretrain.batch_size=4",
     "pretrain.micro_batch_size=4",

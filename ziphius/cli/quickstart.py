@@ -56,8 +56,9 @@ def quickstart(
 ) -> None:
     """Make a small V3 on this machine in minutes: from text to an assistant that reasons.
 
-    It learns the Python standard library's own source, with its tokenizer, and is measured on
-    packages that it has not seen, beside an n-gram model and xz. Then its context is extended; it
+    It learns the Python standard library's own source, with its tokenizer, and small tasks and
+    facts; it is measured on packages, tasks and facts that it has not seen, beside an n-gram model
+    and xz. Then its context is extended; it
     is fine-tuned on chats and small tasks; an expert learns from rewards of its own answers; and
     the final model learns what the expert answers rightly. Test problems are asked after every
     stage.

@@ -73,8 +73,9 @@ class Guard:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue with what ``state`` returned."""
-        for name in self.state():
-            setattr(self, name, state.get(name, getattr(self, name)))
+        # Runs from before mixtures could change have read one text.
+        for name, value in {"turn": 0, **state}.items():
+            setattr(self, name, value)
 
     def _reason(self, step: int, loss: float, grad_norm: float) -> str | None:
         if not math.isfinite(loss):

@@ -60,7 +60,8 @@ class Documents {
   public:
     Documents(const int64_t* numbers, int64_t length) : numbers(numbers) {
         for (int64_t t = 0; numbers && t < length; t += BLOCK) {
-            auto [first, last] = std::minmax_element(numbers + t, numbers + std::min(t + BLOCK, length));
+            const int64_t *begin = numbers + t, *end = numbers + std::min(t + BLOCK, length);
+            auto [first, last] = std::minmax_element(begin, end);
             ranges.push_back({*first, *last});
         }
     }
@@ -294,8 +295,8 @@ void backward(const T* q, const T* k, const T* v, const T* out, const T* dout,
             int64_t b = head / s.heads, h = head % s.heads;
             backward_head<T>(memory, wides, sq.of(q, b, h), sk.of(k, b, h), sv.of(v, b, h),
                              so.of(out, b, h), sd.of(dout, b, h),
-                             marked[b], log_sums + head * s.length, gq.of(dq, b, h), gk.of(dk, b, h),
-                             gv.of(dv, b, h), s, wide<T>(scale));
+                             marked[b], log_sums + head * s.length, gq.of(dq, b, h),
+                             gk.of(dk, b, h), gv.of(dv, b, h), s, wide<T>(scale));
         }
     }
 }
