@@ -107,7 +107,7 @@ def run_later(
         lambda settled, watch: prepare(settled, begun, watch),
         RunFolder(out, table, resume=resume),
         watch or Silent(),
-        mesh=make_mesh(Layout.of(recipe.parallel, world)),
+        mesh=make_mesh(Layout.of(recipe.parallel, world), device=recipe.run.device),
     )
 
 
