@@ -12,6 +12,7 @@ import torch
 
 import ziphius
 from tests.alignment.support import NETWORK, make_start, run_later, write_chats
+from tests.cli.verbs import settings, ziphius_exits
 from tests.training.support import Silent, breaking_off, metrics, recipe
 from ziphius.alignment.questions import mixture_of
 from ziphius.alignment.reject import reject
@@ -172,3 +173,20 @@ def test_answers_of_a_gpu_are_judged_and_kept(base: Path, words: Path) -> None:
     assert len(found.records) <= 6
     for record in found.records:
         assert record["messages"][-1]["role"] == "assistant"
+
+
+def test_the_whole_recipe(words: Path, tmp_path: Path) -> None:
+    """``ziphius quickstart``: every stage from text to the final model, and needles between."""
+    out = tmp_path / "quickstart"
+    more = (
+        *HOW[GPU],
+        "extend.lengths=[64, 160]",
+        *("grpo.tasks=reversal,gcd", "grpo.questions=2", "grpo.group=2", "grpo.max_tokens=8"),
+        *("distill.tasks=reversal,gcd", "distill.problems=4", "distill.max_tokens=8"),
+    )
+    arguments = ["quickstart", "--out", str(out), "--steps", "2", *settings(words, *more)]
+    assert ziphius_exits(*arguments) == 0
+    stages = json.loads((out / "summary.json").read_text("utf-8"))["stages"]
+    assert list(stages) == ["pretrain", "extend", "sft", "grpo", "distill"]
+    assert stages["extend"]["needles"].keys() == {"before", "after", "without YaRN"}
+    assert_a_processor_reads(out)

@@ -137,7 +137,11 @@ def ask_needles(
         NeedleTest(lengths, samples=samples),
         trained=recipe.extend.lengths,
         position_bytes=position_bytes or recipe.run.validate_bytes,
-        options={"kernel_cache": recipe.run.cache, "device": recipe.run.device},
+        options={
+            "fast_math": recipe.run.device != "cpu",
+            "kernel_cache": recipe.run.cache,
+            "device": recipe.run.device,
+        },
         on_progress=on_progress,
     )
     write_needles(figures, out)

@@ -239,9 +239,16 @@ def _measure(
         ngram = NgramModel(b"".join(document.text.encode() for document in corpus.train))
         summary["ngram_bpb"] = ngram.bits_per_byte(heldout_text)
     display.say("writing a function")
-    kernels, cache = recipe.run.kernels, recipe.run.cache
+    told = recipe.run
     assert trained.model is not None, "one process has trained"
-    llm = LLM.of(trained.model, text.tokenizer, kernels=kernels, kernel_cache=cache)
+    llm = LLM.of(
+        trained.model,
+        text.tokenizer,
+        fast_math=told.device != "cpu",
+        kernels=told.kernels,
+        kernel_cache=told.cache,
+        device=told.device,
+    )
     function = write_function(llm)
     summary |= {
         "generated": function.text,
