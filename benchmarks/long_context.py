@@ -61,8 +61,8 @@ SETTINGS = (
     "run.checkpoint_every=1000000",
     "run.validate_bytes=50000",
 )
-# After both phases at pre-training's last rate, as published, a few steps at less than half of it: so
-# few tokens leave the network restless, and far facts are found by a narrow margin.
+# Both phases have the rate that pre-training ends with, as published. After so few tokens far facts
+# are found by a narrow margin, until some steps at less than half of it.
 SETTLING = (
     "extend.lengths=[8192]",
     "extend.steps=[160]",

@@ -194,6 +194,22 @@ def test_a_bound_keeps_most_of_a_large_source(tmp_path: Path) -> None:
         assert 0 < held <= 900
 
 
+def test_of_a_source_that_teaches_nothing_is_held_out(tmp_path: Path) -> None:
+    write(tmp_path, {f"b/{n}.txt": prose(n, 40) for n in range(9)})
+    write(tmp_path, {"rows.jsonl": jsonl([{"text": prose(n, 40)} for n in range(20, 60)])})
+    taught = SourceConfig(path=str(tmp_path / "rows.jsonl"), holdout=False)
+    corpus = read_corpus(
+        DataConfig(sources=(taught, SourceConfig(path=str(tmp_path / "b"))), holdout_every=4)
+    )
+    assert {document.source for document in corpus.heldout} == {1}
+    assert sum(document.source == 0 for document in corpus.train) == 40
+
+
+def test_something_has_to_be_held_out() -> None:
+    with pytest.raises(ValueError, match="all have holdout = false"):
+        DataConfig(sources=(SourceConfig(path="a", holdout=False),))
+
+
 # The digest
 
 

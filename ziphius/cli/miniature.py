@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 STAGES = ("pretrain", "extend", "sft", "grpo", "distill")
 PRESET = "tiny"
 # What each stage has of the minutes, relative to the others that run.
-_SHARES = {"pretrain": 42, "extend": 10, "sft": 28, "grpo": 14, "distill": 6}
-_PHASES = (0.6, 0.4)  # of the extension's
+_SHARES = {"pretrain": 48, "extend": 13, "sft": 22, "grpo": 15, "distill": 2}
+_PHASES = (0.65, 0.35)  # of the extension's
 # Records; every other solution comes without its reasoning.
 _WORKED, _CHATS = 8000, 300
 # So many test problems of a task are asked once each after every stage, as the policy samples.
@@ -68,8 +68,9 @@ def figures_of(summary: Mapping[str, Any]) -> dict[str, Any]:
 class Miniature:
     """The later stages of a quickstart whose pre-training is the run in ``out``.
 
-    ``settings`` were given by hand, ``seconds`` are what every stage may train for. ``steps``,
-    where these are counted instead, bounds every later stage's.
+    ``settings`` are those of all stages, ``extension`` more of the extension; ``seconds`` are what
+    every stage may train for. ``steps``, where these are counted instead, bounds every later
+    stage's.
     """
 
     out: Path
@@ -78,6 +79,7 @@ class Miniature:
     steps: int | None
     display: Display
     stopping: Stopping
+    extension: Sequence[str] = ()
 
     def check(self) -> None:
         """Read the tables and draw the test problems. Raises BadInput for what cannot be."""
@@ -251,7 +253,8 @@ class Miniature:
             length = [f"{stage}.steps={number}"]
         elif stage in _EPOCHS and not any(s.startswith(f"{stage}.epochs") for s in self.settings):
             length = [f"{stage}.epochs={_EPOCHS[stage]}"]
-        return load_recipe(PRESET, [*self.settings, *settings, *length])
+        own = self.extension if stage == "extend" else ()
+        return load_recipe(PRESET, [*self.settings, *own, *settings, *length])
 
     def _source(self, stage: str, *names: str) -> str:
         files = [str(path) for path in map(self.records, names) if path.stat().st_size]

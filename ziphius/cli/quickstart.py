@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,8 +33,6 @@ _FEWER = 20
 # Where the machine turns out slower than it was timed, pre-training ends after this many times its
 # share of the minutes.
 _OVERTIME = 1.1
-# Shares of pre-training's tokens, and about so many characters of each kind.
-_TASKS_SHARE, _RECALL_SHARE, _MIXED_CHARACTERS = 0.05, 0.05, 1_500_000
 
 
 def quickstart(
@@ -43,7 +41,7 @@ def quickstart(
     ] = Path("runs/quickstart"),
     minutes: Annotated[
         float, typer.Option(min=0.01, help="How long to train; every stage has its share.")
-    ] = 12.0,
+    ] = 11.0,
     steps: Annotated[
         int | None,
         typer.Option(min=2, help="Steps of pre-training, in place of minutes; others make fewer."),
@@ -56,17 +54,17 @@ def quickstart(
 ) -> None:
     """Make a small V3 on this machine in minutes: from text to an assistant that reasons.
 
-    It learns the Python standard library's own source, with its tokenizer, and small tasks and
-    facts; it is measured on packages, tasks and facts that it has not seen, beside an n-gram model
-    and xz. Then its context is extended; it
-    is fine-tuned on chats and small tasks; an expert learns from rewards of its own answers; and
-    the final model learns what the expert answers rightly. Test problems are asked after every
-    stage.
+    It learns to copy, then the Python standard library's own source, with its tokenizer, and small
+    tasks and facts; it is measured on packages that it has not seen, beside an n-gram model and xz.
+    Then its context is extended; it is fine-tuned on chats and small tasks; an expert learns from
+    rewards of its own answers; and the final model learns what the expert answers rightly. Test
+    problems are asked after every stage.
     """
     from rich.console import Console
 
     from ziphius.cli.display import Display
     from ziphius.cli.miniature import PRESET, Miniature, figures_of, seconds_of
+    from ziphius.cli.mixture import mixture
     from ziphius.cli.pretrain import telling_how_to_go_on
     from ziphius.cli.signals import saving_on_signals
     from ziphius.config.errors import BadInput
@@ -91,11 +89,14 @@ def quickstart(
         if not steps:
             told = ", ".join(f"{stage} {seconds[stage] / 60:.1f}" for stage in stages)
             display.say(f"minutes of training: {told}")
-        mixed = _mixture(overrides or (), display)
-        later = Miniature(folder.path, mixed, seconds, fewer, display, stopping)
+        display.say("writing tasks, copies and facts to recall for pre-training")
+        mixed = mixture(PRESET, overrides or ())
+        later = Miniature(
+            folder.path, mixed.settings, seconds, fewer, display, stopping, mixed.extension
+        )
         if len(stages) > 1:
             later.check()
-        settings = [*mixed, *options.length(steps)]
+        settings = [*mixed.settings, *options.length(steps)]
         recipe = run.resolve(load_recipe(PRESET, settings))
         text = prepare_text(recipe, display)
         limit = math.inf
@@ -120,63 +121,6 @@ def quickstart(
         if len(stages) > 1:
             folder.publish(later.folder(stages[-1]) / "checkpoint")
     _tell(console, summary, out, report)
-
-
-def _mixture(overrides: Sequence[str], display: Display) -> list[str]:
-    """Return the overrides, with tasks and recall text among the text unless it is named there.
-
-    The text lies in the cache, by its content.
-    """
-    import json
-
-    from ziphius.alignment.questions import mixture_of
-    from ziphius.alignment.tasks.documents import task_documents
-    from ziphius.cli.miniature import PRESET
-    from ziphius.config.recipe import load_recipe
-    from ziphius.data.corpus import read_corpus
-    from ziphius.evaluation.recall import recall_documents
-
-    recipe = load_recipe(PRESET, overrides)
-    if any(setting.startswith("data.source") for setting in overrides) or recipe.distill is None:
-        return list(overrides)
-    display.say("writing tasks and facts to recall for pre-training")
-    tasks, seed = mixture_of(recipe.distill.tasks, "distill.tasks"), recipe.run.seed
-    # As the run reads it: near duplicates would be looked for twice, and facts look alike.
-    read = read_corpus(recipe.data.model_copy(update={"deduplicate": "exact"}))
-    lines = [document.text for document in read.train]
-    row = 3 * recipe.pretrain.sequence_length  # characters
-    texts = {
-        "tasks": task_documents(tasks, _MIXED_CHARACTERS // 300, seed=seed),
-        "recall": recall_documents(
-            lines, _MIXED_CHARACTERS // row, characters=(row // 4, row), seed=seed
-        ),
-    }
-    shares = {"stdlib": 1 - _TASKS_SHARE - _RECALL_SHARE}
-    for (name, documents), share in zip(texts.items(), (_TASKS_SHARE, _RECALL_SHARE), strict=True):
-        written = "".join(json.dumps({"text": text}) + "\n" for text in documents)
-        shares[str(_cached(recipe.run.cache, name, written.encode()))] = share
-    sources = ", ".join(f'{{path = "{path}", weight = {share}}}' for path, share in shares.items())
-    return [*overrides, f"data.sources=[{sources}]", "data.deduplicate=exact"]
-
-
-def _cached(cache: str, name: str, text: bytes) -> Path:
-    """Write a text into the cache, under its own digest."""
-    import hashlib
-
-    from ziphius.checkpoint.files import write_atomic
-    from ziphius.config.errors import BadInput
-
-    folder = Path(cache).expanduser().absolute() / "text"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(
-            f"{folder}: {error.strerror}: name a folder for it by --set run.cache=FOLDER"
-        ) from None
-    path = folder / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.jsonl"
-    if not path.is_file():
-        write_atomic(path, text)
-    return path
 
 
 def _files(text: Text) -> list[Document]:

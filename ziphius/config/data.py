@@ -21,14 +21,16 @@ class SourceConfig(Table):
     the Hugging Face hub; ``hf:OWNER/NAME:CONFIG@SPLIT`` names its parts. A folder that ``ziphius
     prepare`` made is a whole mixture, and can only be the single source. ``weight`` is the source's
     share of the training tokens, relative to the other weights. ``text_field`` names the text in a
-    record. Pre-training reads a source from ``begin`` to ``end`` of the run, numbers of tokens or
-    shares such as ``"20%"``; weights count among those that are read at a time. A longer context is
-    learned on the sources that are read to the end.
+    record. Without ``holdout`` all of a source is trained on. Pre-training reads a source from
+    ``begin`` to ``end`` of the run, numbers of tokens or shares such as ``"20%"``; weights count
+    among those that are read at a time. A longer context is learned on the sources that are read to
+    the end.
     """
 
     path: str = Field(min_length=1)
     weight: float = Field(1.0, gt=0)
     text_field: str = Field("text", min_length=1)
+    holdout: bool = True
     begin: Moment = 0
     end: Moment = "100%"
 
@@ -95,6 +97,14 @@ class DataConfig(_Sources, _Cleaning, _Rows):
     def preparation(self) -> dict[str, Any]:
         """The settings, as JSON, that prepared text depends on: not those of its rows."""
         return self.model_dump(mode="json", exclude=set(_Rows.model_fields))
+
+    @model_validator(mode="after")
+    def _holds_something_out(self) -> DataConfig:
+        if not any(source.holdout for source in self.mixture):
+            raise ValueError(
+                "data.sources: all have holdout = false: hold something out of one, to validate on"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_way_of_naming_sources(self) -> DataConfig:

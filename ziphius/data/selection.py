@@ -71,6 +71,8 @@ def select(
         own = [place for place in order if documents[place].source == index]
         if not own:
             raise BadInput(_nothing_left(source, index, left_out))
+        if not source.config.holdout:
+            continue
         choice = choose_heldout(
             [documents[place] for place in own],
             config.holdout_every,

@@ -1,0 +1,64 @@
+"""What a quickstart reads: in which order, what of it is held out, and who may change it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from ziphius.cli.miniature import PRESET
+from ziphius.cli.mixture import Mixture, mixture
+from ziphius.config.data import SourceConfig
+from ziphius.config.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    cache = tmp_path_factory.mktemp("cache")
+    return mixture(PRESET, [f"run.cache={cache}", "extend.lengths=[512, 1024]"])
+
+
+def sources(settings: Sequence[str]) -> dict[str, SourceConfig]:
+    """Return what settings read, by the kind of text."""
+    found = load_recipe(PRESET, settings).data.sources
+    return {Path(source.path).name.split("-")[0]: source for source in found}
+
+
+def test_copying_is_learned_alone_and_before_everything_else(generated: Mixture) -> None:
+    found = sources(generated.settings)
+    first = found.pop("plain")
+    assert first.begin == "0%"
+    assert {source.begin for source in found.values()} == {first.end}
+    assert {source.end for source in found.values()} == {"100%"}
+    assert found.keys() == {"stdlib", "tasks", "copies", "dense", "spread"}
+    assert sum(source.weight for source in found.values()) == pytest.approx(1)
+
+
+def test_longer_rows_have_longer_documents(generated: Mixture) -> None:
+    found = sources([*generated.settings, *generated.extension])
+    assert found.keys() == {"stdlib", "copies", "dense", "spread", "long"}
+    assert {source.begin for source in found.values()} == {"0%"}
+    sizes = {}
+    for name in ("dense", "long"):
+        lines = Path(found[name].path).read_text("utf-8").splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
+        assert len(set(texts)) == len(texts)
+        sizes[name] = sum(map(len, texts)) / len(texts)
+    assert sizes["long"] > 2 * sizes["dense"]
+
+
+def test_what_is_generated_is_not_held_out(generated: Mixture) -> None:
+    for settings in (generated.settings, [*generated.settings, *generated.extension]):
+        held = {name for name, source in sources(settings).items() if source.holdout}
+        assert held == {"stdlib"}
+
+
+def test_what_is_set_by_hand_stands(words: Path, tmp_path: Path) -> None:
+    by_hand = ["model.rope_theta=10000", f"run.cache={tmp_path}", "extend.lengths=[512, 1024]"]
+    found = load_recipe(PRESET, mixture(PRESET, by_hand).settings)
+    assert found.model.rope_theta == 10000
+    assert found.model.qk_rope_head_dim == 16
+    by_hand = [f"data.source={words}"]
+    assert mixture(PRESET, by_hand) == Mixture(tuple(by_hand))
