@@ -11,21 +11,45 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from ziphius.config.recipe import Recipe
 
-_COPYING = "20%"  # of pre-training, on copies alone
-# Shares of the tokens after that, and of the longer rows'; the library is the rest.
-_PRETRAINED = {"tasks": 0.05, "copies": 0.08, "dense": 0.1, "spread": 0.12}
-_EXTENDED = {"copies": 0.1, "dense": 0.1, "spread": 0.15, "long": 0.45}
+_LIBRARY = "stdlib"
+# Of pre-training: until then copies alone; and until then copies and dense facts among the text.
+_COPYING, _DENSE = "28%", "65%"
+
+
+class Part(NamedTuple):
+    """A kind of text: its share, relative to the others that are read with it, and when it is."""
+
+    share: float
+    begin: str = "0%"
+    end: str = "100%"
+
+
+_PRETRAINED = {
+    "plain": Part(1, end=_COPYING),
+    _LIBRARY: Part(0.65, _COPYING),
+    "tasks": Part(0.05, _COPYING),
+    "copies": Part(0.08, _COPYING, _DENSE),
+    "dense": Part(0.1, _COPYING, _DENSE),
+    "spread": Part(0.12, _COPYING),
+}
+_EXTENDED = {
+    _LIBRARY: Part(0.2),
+    "copies": Part(0.1),
+    "dense": Part(0.1),
+    "spread": Part(0.15),
+    "long": Part(0.45),
+}
 _CHARACTERS = 4_000_000  # of each, about: some are read once, some twice
 _ALIKE = 0.7  # of the copies, are of one kind of words
-# What is said twice has to be told from what lies beside it: documents do not see each other, and of
-# eight frequencies of position, not four, most turn visibly within a row: 625 is to its 256 tokens
-# what the published 10,000 is to 4,096. The rate is what copying stands; it ends where the longer
-# context is learned.
+_SPELLED = 1_000_000  # characters of copies, and of facts, that the tokenizer is trained on
+# What is said twice has to be told from its neighbours: documents do not see each other, and most
+# of eight frequencies of position, not two of four, turn within a row. 625 is to 256 tokens what
+# the published 10,000 is to 4,096. No copying is learned at the preset's own rate.
 _SETTINGS = (
     "data.document_mask=true",
     "model.qk_nope_head_dim=16",
@@ -36,6 +60,8 @@ _SETTINGS = (
     "pretrain.final_learning_rate=3e-4",
     "pretrain.decay_start=50%",
 )
+# Bits per byte of long rows take long.
+_LONGER_MEASURED = "run.validate_bytes=120000"
 
 
 @dataclass(frozen=True)
@@ -53,78 +79,93 @@ def mixture(preset: str, overrides: Sequence[str]) -> Mixture:
     that cannot be written.
     """
     from ziphius.config.recipe import load_recipe
+    from ziphius.data.corpus import read_corpus
 
     settings = (*_SETTINGS, *overrides)
     recipe = load_recipe(preset, settings)
     if any(setting.startswith("data.source") for setting in overrides) or recipe.distill is None:
         return Mixture(tuple(overrides))
-    files = {name: _cached(recipe.run.cache, name, text) for name, text in _texts(recipe)}
-    copying = _source(str(files.pop("plain")), 1, end=_COPYING)
+    # As the run reads it: near duplicates would be looked for twice, and facts look alike.
+    read = read_corpus(recipe.data.model_copy(update={"deduplicate": "exact"}))
+    texts = [document.text for document in read.train]
+    files = {name: _written(recipe, name, made) for name, made in _documents(recipe, texts)}
+    own = ["data.deduplicate=exact"]
+    if recipe.tokenizer.path is None:
+        own.append(f"tokenizer.path={_tokenizer(recipe, texts, files)}")
+    by_hand = any(setting.startswith("run.validate_bytes") for setting in overrides)
+    longer = () if by_hand else (_LONGER_MEASURED,)
     return Mixture(
-        (
-            *settings,
-            _sources(copying, *_mixed(files, _PRETRAINED, _COPYING)),
-            "data.deduplicate=exact",  # near duplicates would be looked for twice: facts look alike
-        ),
-        (_sources(*_mixed(files, _EXTENDED)),),
+        (*settings, *own, _sources(files, _PRETRAINED)), (*longer, _sources(files, _EXTENDED))
     )
 
 
-def _texts(recipe: Recipe) -> Iterator[tuple[str, Iterable[str]]]:
+def _documents(recipe: Recipe, texts: Sequence[str]) -> Iterator[tuple[str, Iterable[str]]]:
     """Yield the documents of each kind, by name."""
     from ziphius.alignment.questions import mixture_of
     from ziphius.alignment.tasks.documents import task_documents
-    from ziphius.data.corpus import read_corpus
     from ziphius.evaluation.recall import copy_documents, recall_documents
 
     assert recipe.distill is not None, "asked before"
     seed = recipe.run.seed
-    # As the run reads it.
-    read = read_corpus(recipe.data.model_copy(update={"deduplicate": "exact"}))
-    lines = [document.text for document in read.train]
     tasks = mixture_of(recipe.distill.tasks, "distill.tasks")
     row = 3 * recipe.pretrain.sequence_length  # characters
     longest = 3 * max(recipe.extend.lengths) if recipe.extend else row
 
-    def facts(number: int, low: int, high: int, told: tuple[float, float]) -> Iterator[str]:
+    def facts(
+        number: int, low: int, high: int, told: tuple[float, float], **more: int
+    ) -> Iterator[str]:
         count = max(200, 3 * _CHARACTERS // (low + 2 * high))
+        size = (low, high)
         return recall_documents(
-            lines, count, seed=seed + number, characters=(low, high), told=told, facts=32
+            texts, count, seed=seed + number, characters=size, told=told, **more
         )
 
     yield "tasks", task_documents(tasks, _CHARACTERS // 800, seed=seed)
-    yield "plain", copy_documents(lines, _CHARACTERS // 260, seed=seed)
-    yield "copies", copy_documents(lines, _CHARACTERS // 260, seed=seed + 1, alike=_ALIKE)
+    yield "plain", copy_documents(texts, _CHARACTERS // 260, seed=seed)
+    yield "copies", copy_documents(texts, _CHARACTERS // 260, seed=seed + 1, alike=_ALIKE)
+    # In tightly packed short ones it pays to look back, in others how far.
     yield "dense", facts(0, row // 4, row, (0.8, 1.0))
     yield "spread", facts(1, row // 4, 2 * row, (0.1, 0.8))
-    yield "long", facts(2, longest // 12, longest, (0.05, 0.5))
+    # Of many facts, so that the last sentence of most lies far back.
+    yield "long", facts(2, longest // 12, longest, (0.05, 0.5), facts=200, most=300)
 
 
-def _mixed(files: Mapping[str, Path], shares: Mapping[str, float], begin: str = "0%") -> list[str]:
-    library = _source("stdlib", round(1 - sum(shares.values()), 3), begin=begin, holdout=True)
-    return [library, *(_source(str(files[n]), share, begin=begin) for n, share in shares.items())]
+def _sources(files: Mapping[str, Path], parts: Mapping[str, Part]) -> str:
+    entries = []
+    for name, part in parts.items():
+        path, held = files.get(name, name), str(name == _LIBRARY).lower()
+        read = f'weight = {part.share}, begin = "{part.begin}", end = "{part.end}"'
+        entries.append(f'{{path = "{path}", holdout = {held}, {read}}}')
+    return f"data.sources=[{', '.join(entries)}]"
 
 
-def _source(
-    path: str, weight: float, *, begin: str = "0%", end: str = "100%", holdout: bool = False
-) -> str:
-    read = f'begin = "{begin}", end = "{end}"'
-    return f'{{path = "{path}", weight = {weight}, holdout = {str(holdout).lower()}, {read}}}'
-
-
-def _sources(*sources: str) -> str:
-    return f"data.sources=[{', '.join(sources)}]"
-
-
-def _cached(cache: str, name: str, documents: Iterable[str]) -> Path:
-    """Write documents into the cache, under their own digest."""
-    import hashlib
+def _written(recipe: Recipe, name: str, documents: Iterable[str]) -> Path:
+    """Write documents into the cache; return the file."""
     import json
+
+    lines = (json.dumps({"text": document}) + "\n" for document in documents)
+    return _cached(recipe.run.cache, f"{name}.jsonl", "".join(lines))
+
+
+def _tokenizer(recipe: Recipe, texts: Sequence[str], files: Mapping[str, Path]) -> Path:
+    """Train the tokenizer: on the library, and on so much of the rest that it can be spelled.
+
+    All of what is generated would fill the vocabulary with its names.
+    """
+    from ziphius.data.tokenizer import train_tokenizer
+
+    spelled = [files[name].read_text("utf-8")[:_SPELLED] for name in ("copies", "dense")]
+    made = train_tokenizer([*texts, *spelled], recipe.tokenizer.vocab_size)
+    return _cached(recipe.run.cache, "tokenizer.json", made.to_str())
+
+
+def _cached(cache: str, name: str, text: str) -> Path:
+    """Write a text into the cache, under its own digest."""
+    import hashlib
 
     from ziphius.checkpoint.files import write_atomic
     from ziphius.config.errors import BadInput
 
-    text = "".join(json.dumps({"text": document}) + "\n" for document in documents).encode()
     folder = Path(cache).expanduser().absolute() / "text"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +173,8 @@ def _cached(cache: str, name: str, documents: Iterable[str]) -> Path:
         raise BadInput(
             f"{folder}: {error.strerror}: name a folder for it by --set run.cache=FOLDER"
         ) from None
-    path = folder / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.jsonl"
+    data, (stem, ending) = text.encode(), name.split(".")
+    path = folder / f"{stem}-{hashlib.sha256(data).hexdigest()[:16]}.{ending}"
     if not path.is_file():
-        write_atomic(path, text)
+        write_atomic(path, data)
     return path

@@ -41,7 +41,7 @@ def quickstart(
     ] = Path("runs/quickstart"),
     minutes: Annotated[
         float, typer.Option(min=0.01, help="How long to train; every stage has its share.")
-    ] = 11.0,
+    ] = 10.0,
     steps: Annotated[
         int | None,
         typer.Option(min=2, help="Steps of pre-training, in place of minutes; others make fewer."),
@@ -180,7 +180,8 @@ def _measure(
     display.say("measuring an n-gram model and xz on the same text")
     summary = {**trained.summary, "xz_bpb": xz_bits_per_byte(heldout_text)}
     if isinstance(corpus, Corpus):  # prepared text is there as tokens only
-        ngram = NgramModel(b"".join(document.text.encode() for document in corpus.train))
+        learned = _files(text) or corpus.train  # like with like, where there are files
+        ngram = NgramModel(b"".join(document.text.encode() for document in learned))
         summary["ngram_bpb"] = ngram.bits_per_byte(heldout_text)
     display.say("writing a function")
     told = recipe.run
