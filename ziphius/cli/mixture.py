@@ -150,7 +150,7 @@ def _written(recipe: Recipe, name: str, documents: Iterable[str]) -> Path:
 def _tokenizer(recipe: Recipe, texts: Sequence[str], files: Mapping[str, Path]) -> Path:
     """Train the tokenizer: on the library, and on so much of the rest that it can be spelled.
 
-    All of what is generated would fill the vocabulary with its names.
+    All that is generated would take a third of the vocabulary (``dev/LOG.md``).
     """
     from ziphius.data.tokenizer import train_tokenizer
 
