@@ -149,6 +149,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     write_tokenizer(tokenizer, texts, files)
     own = (f"tokenizer.path={tokenizer}", *options.set, f"run.seed={options.seed}")
     recipe = load_recipe(PRESET, [*SETTINGS, *own])
+    settling = load_recipe(PRESET, [*SETTINGS, *own, *SETTLING])
     assert recipe.extend is not None, "the preset has the table"
     watch = Watch(options.every)
     base, extended, out = folder / "base", folder / "extended", folder / "long"
@@ -167,7 +168,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     second = of_texts(recipe, *mixture(files, EXTENDED))
     often = Watch(max(1, options.every // 10))
     timed("extend", lambda: extend(second, base, extended, often))
-    third = of_texts(load_recipe(PRESET, [*SETTINGS, *SETTLING, *own]), *mixture(files, SETTLED))
+    third = of_texts(settling, *mixture(files, SETTLED))
     timed("settle", lambda: extend(third, extended, out, often))
     context = recipe.model.max_position_embeddings
     lengths = lengths_between(context, recipe.extend.lengths)

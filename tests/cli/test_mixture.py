@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from ziphius.cli.miniature import PRESET
+from ziphius.cli.miniature import PRESET, STAGES, Miniature
 from ziphius.cli.mixture import Mixture, mixture
 from ziphius.config.data import SourceConfig
 from ziphius.config.recipe import load_recipe
+from ziphius.training.loop import never_stopping
+
+said: list[str] = []
 
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     cache = tmp_path_factory.mktemp("cache")
-    return mixture(PRESET, [f"run.cache={cache}", "extend.lengths=[512, 1024]"])
+    by_hand = [f"run.cache={cache}", "extend.lengths=[512, 1024]"]
+    return mixture(PRESET, by_hand, said.append)
 
 
 def sources(settings: Sequence[str]) -> dict[str, SourceConfig]:
@@ -57,9 +63,35 @@ def test_what_is_generated_is_not_held_out(generated: Mixture) -> None:
 
 
 def test_what_is_set_by_hand_stands(words: Path, tmp_path: Path) -> None:
-    by_hand = ["model.rope_theta=10000", f"run.cache={tmp_path}", "extend.lengths=[512, 1024]"]
-    found = load_recipe(PRESET, mixture(PRESET, by_hand).settings)
-    assert found.model.rope_theta == 10000
-    assert found.model.qk_rope_head_dim == 16
+    by_hand = ["model.rope_theta=10000", "data.deduplicate=none", "run.validate_bytes=5000"]
+    by_hand += [f"run.cache={tmp_path}", "extend.lengths=[512, 1024]"]
+    made = mixture(PRESET, by_hand, said.append)
+    for settings in (made.settings, [*made.settings, *made.extension]):
+        found = load_recipe(PRESET, settings)
+        assert found.model.rope_theta == 10000
+        assert found.model.qk_rope_head_dim == 16
+        assert found.data.deduplicate == "none"
+        assert found.run.validate_bytes == 5000
     by_hand = [f"data.source={words}"]
-    assert mixture(PRESET, by_hand) == Mixture(tuple(by_hand))
+    assert mixture(PRESET, by_hand, said.append) == Mixture(tuple(by_hand))
+
+
+def test_only_the_extension_reads_what_it_alone_needs(generated: Mixture, tmp_path: Path) -> None:
+    display: Any = SimpleNamespace(say=said.append)
+    work = Miniature(
+        tmp_path, generated.settings, {}, None, display, never_stopping, generated.extension
+    )
+    for stage in STAGES[1:]:
+        recipe = work._recipe(stage)
+        longest = any("long-" in source.path for source in recipe.data.sources)
+        assert longest == (stage == "extend")
+        assert (recipe.run.validate_bytes == 120_000) == (stage == "extend")
+
+
+def test_its_tokenizer_spells_what_is_generated(generated: Mixture) -> None:
+    """And knows nothing of the file that it lies in."""
+    path = load_recipe(PRESET, generated.settings).tokenizer.path
+    assert path is not None
+    vocabulary = json.loads(Path(path).read_text("utf-8"))["model"]["vocab"]
+    assert "ĠRemember" in vocabulary or "Remember" in vocabulary
+    assert not any('{"text' in token or token.startswith("\\\\n") for token in vocabulary)

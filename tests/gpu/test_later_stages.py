@@ -127,7 +127,9 @@ def test_an_interrupted_stage_goes_on(
     run_later("sft", words, base, tmp_path / "whole", *settings)
     with breaking_off(5) as watch:
         run_later("sft", words, base, tmp_path / "run", *settings, watch=watch)
-    run_later("sft", words, base, tmp_path / "run", *settings, resume=True)
+    again = Silent()
+    run_later("sft", words, base, tmp_path / "run", *settings, resume=True, watch=again)
+    assert any("going on after step 4" in text for text in again.said)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=0.05)
 
 
@@ -170,9 +172,7 @@ def test_answers_of_a_gpu_are_judged_and_kept(base: Path, words: Path) -> None:
     teacher = CheckpointTeacher(base, config, told)
     found = reject(teacher, mixture_of(tasks, "distill.tasks"), config, seed=0)
     assert sum(count.tries for count in found.counts.values()) == 24
-    assert len(found.records) <= 6
-    for record in found.records:
-        assert record["messages"][-1]["role"] == "assistant"
+    assert found.records == []
 
 
 def test_the_whole_recipe(words: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ of it is held out: what is told of held-out text is told of packages.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -44,13 +45,15 @@ _EXTENDED = {
     "spread": Part(0.15),
     "long": Part(0.45),
 }
-_CHARACTERS = 4_000_000  # of each, about: some are read once, some twice
+_CHARACTERS = 2_000_000  # of each at most, and three times as many of what is read alone
 _ALIKE = 0.7  # of the copies, are of one kind of words
-_SPELLED = 1_000_000  # characters of copies, and of facts, that the tokenizer is trained on
+_SPELLED = ("dense",)  # besides the library the tokenizer is trained on
 # What is said twice has to be told from its neighbours: documents do not see each other, and most
 # of eight frequencies of position, not two of four, turn within a row. 625 is to 256 tokens what
-# the published 10,000 is to 4,096. No copying is learned at the preset's own rate.
+# the published 10,000 is to 4,096. At the preset's own rate copying comes late or never. Near
+# duplicates would be looked for twice, and facts look alike.
 _SETTINGS = (
+    "data.deduplicate=exact",
     "data.document_mask=true",
     "model.qk_nope_head_dim=16",
     "model.qk_rope_head_dim=16",
@@ -72,26 +75,28 @@ class Mixture:
     extension: tuple[str, ...] = ()
 
 
-def mixture(preset: str, overrides: Sequence[str]) -> Mixture:
+def mixture(preset: str, overrides: Sequence[str], say: Callable[[str], None]) -> Mixture:
     """Generate what is mixed into the text of a preset; return the settings that name it.
 
-    What is set by hand stands. Who names text by hand gets no other. Raises BadInput for a cache
-    that cannot be written.
+    What is set by hand stands. Who names text by hand gets no other, and nothing else that copying
+    needs. Raises BadInput for a cache that cannot be written.
     """
     from ziphius.config.recipe import load_recipe
     from ziphius.data.corpus import read_corpus
 
+    if any(setting.startswith("data.source") for setting in overrides):
+        return Mixture(tuple(overrides))
     settings = (*_SETTINGS, *overrides)
     recipe = load_recipe(preset, settings)
-    if any(setting.startswith("data.source") for setting in overrides) or recipe.distill is None:
-        return Mixture(tuple(overrides))
-    # As the run reads it: near duplicates would be looked for twice, and facts look alike.
-    read = read_corpus(recipe.data.model_copy(update={"deduplicate": "exact"}))
-    texts = [document.text for document in read.train]
-    files = {name: _written(recipe, name, made) for name, made in _documents(recipe, texts)}
-    own = ["data.deduplicate=exact"]
+    say("writing tasks, copies, and facts to recall")
+    texts = [document.text for document in read_corpus(recipe.data).train]
+    made = {name: list(some) for name, some in _documents(recipe, texts)}
+    files = {name: _written(recipe, name, some) for name, some in made.items()}
+    own = []
     if recipe.tokenizer.path is None:
-        own.append(f"tokenizer.path={_tokenizer(recipe, texts, files)}")
+        say(f"training a byte-level BPE tokenizer of {recipe.tokenizer.vocab_size} tokens")
+        spelled = [document for name in _SPELLED for document in made[name]]
+        own.append(f"tokenizer.path={_tokenizer(recipe, [*texts, *spelled])}")
     by_hand = any(setting.startswith("run.validate_bytes") for setting in overrides)
     longer = () if by_hand else (_LONGER_MEASURED,)
     return Mixture(
@@ -105,7 +110,7 @@ def _documents(recipe: Recipe, texts: Sequence[str]) -> Iterator[tuple[str, Iter
     from ziphius.alignment.tasks.documents import task_documents
     from ziphius.evaluation.recall import copy_documents, recall_documents
 
-    assert recipe.distill is not None, "asked before"
+    assert recipe.distill is not None, "the preset has the table"
     seed = recipe.run.seed
     tasks = mixture_of(recipe.distill.tasks, "distill.tasks")
     row = 3 * recipe.pretrain.sequence_length  # characters
@@ -114,14 +119,14 @@ def _documents(recipe: Recipe, texts: Sequence[str]) -> Iterator[tuple[str, Iter
     def facts(
         number: int, low: int, high: int, told: tuple[float, float], **more: int
     ) -> Iterator[str]:
-        count = max(200, 3 * _CHARACTERS // (low + 2 * high))
-        size = (low, high)
+        size, mean = (low, high), (high - low) / math.log(high / low)
+        count = max(200, int(_CHARACTERS / mean))
         return recall_documents(
             texts, count, seed=seed + number, characters=size, told=told, **more
         )
 
-    yield "tasks", task_documents(tasks, _CHARACTERS // 800, seed=seed)
-    yield "plain", copy_documents(texts, _CHARACTERS // 260, seed=seed)
+    yield "tasks", task_documents(tasks, _CHARACTERS // 400, seed=seed)
+    yield "plain", copy_documents(texts, 3 * _CHARACTERS // 260, seed=seed)
     yield "copies", copy_documents(texts, _CHARACTERS // 260, seed=seed + 1, alike=_ALIKE)
     # In tightly packed short ones it pays to look back, in others how far.
     yield "dense", facts(0, row // 4, row, (0.8, 1.0))
@@ -147,15 +152,14 @@ def _written(recipe: Recipe, name: str, documents: Iterable[str]) -> Path:
     return _cached(recipe.run.cache, f"{name}.jsonl", "".join(lines))
 
 
-def _tokenizer(recipe: Recipe, texts: Sequence[str], files: Mapping[str, Path]) -> Path:
+def _tokenizer(recipe: Recipe, texts: Iterable[str]) -> Path:
     """Train the tokenizer: on the library, and on so much of the rest that it can be spelled.
 
     All that is generated would take a third of the vocabulary (``dev/LOG.md``).
     """
     from ziphius.data.tokenizer import train_tokenizer
 
-    spelled = [files[name].read_text("utf-8")[:_SPELLED] for name in ("copies", "dense")]
-    made = train_tokenizer([*texts, *spelled], recipe.tokenizer.vocab_size)
+    made = train_tokenizer(texts, recipe.tokenizer.vocab_size)
     return _cached(recipe.run.cache, "tokenizer.json", made.to_str())
 
 

@@ -89,8 +89,7 @@ def quickstart(
         if not steps:
             told = ", ".join(f"{stage} {seconds[stage] / 60:.1f}" for stage in stages)
             display.say(f"minutes of training: {told}")
-        display.say("writing tasks, copies and facts to recall for pre-training")
-        mixed = mixture(PRESET, overrides or ())
+        mixed = mixture(PRESET, overrides or (), display.say)
         later = Miniature(
             folder.path, mixed.settings, seconds, fewer, display, stopping, mixed.extension
         )
@@ -180,8 +179,9 @@ def _measure(
     display.say("measuring an n-gram model and xz on the same text")
     summary = {**trained.summary, "xz_bpb": xz_bits_per_byte(heldout_text)}
     if isinstance(corpus, Corpus):  # prepared text is there as tokens only
-        learned = _files(text) or corpus.train  # like with like, where there are files
-        ngram = NgramModel(b"".join(document.text.encode() for document in learned))
+        held = [source.holdout for source in recipe.data.mixture]  # like with like
+        learned = (document.text for document in corpus.train if held[document.source])
+        ngram = NgramModel(b"".join(text.encode() for text in learned))
         summary["ngram_bpb"] = ngram.bits_per_byte(heldout_text)
     display.say("writing a function")
     told = recipe.run
