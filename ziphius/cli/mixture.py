@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _LIBRARY = "stdlib"
 # Of pre-training: until then copies alone; and until then copies and dense facts among the text.
-_COPYING, _DENSE = "28%", "65%"
+_COPYING, _DENSE = "35%", "70%"
 
 
 class Part(NamedTuple):
@@ -32,11 +32,11 @@ class Part(NamedTuple):
 
 _PRETRAINED = {
     "plain": Part(1, end=_COPYING),
-    _LIBRARY: Part(0.65, _COPYING),
+    _LIBRARY: Part(0.63, _COPYING),
     "tasks": Part(0.05, _COPYING),
-    "copies": Part(0.08, _COPYING, _DENSE),
-    "dense": Part(0.1, _COPYING, _DENSE),
-    "spread": Part(0.12, _COPYING),
+    "copies": Part(0.06, _COPYING, _DENSE),
+    "dense": Part(0.12, _COPYING, _DENSE),
+    "spread": Part(0.14, _COPYING),
 }
 _EXTENDED = {
     _LIBRARY: Part(0.2),
@@ -59,7 +59,7 @@ _SETTINGS = (
     "model.qk_rope_head_dim=16",
     "model.rope_theta=625",
     "pretrain.steps=4000",
-    "pretrain.learning_rate=2.5e-3",
+    "pretrain.learning_rate=1.5e-3",
     "pretrain.final_learning_rate=3e-4",
     "pretrain.decay_start=50%",
 )
