@@ -17,7 +17,7 @@ from support import report
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0, help="minutes of training")
+    parser.add_argument("--minutes", type=float, default=10.5, help="minutes of training")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="the run's folder")
     parser.add_argument("--record", action="store_true", help="keep the result in results/")
     parser.add_argument("--run", type=Path, help="record this run, which 'make run' has left")

@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the folder of a quickstart")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--minutes", type=float, default=10.0, help="as of a quickstart")
+    parser.add_argument("--minutes", type=float, default=10.5, help="as of a quickstart")
     parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
     parser.add_argument("--set", action="append", default=[], help="of the recipe, as grpo.steps=9")
     parser.add_argument("--record", action="store_true", help="keep the result in results/")

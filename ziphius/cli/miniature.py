@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 STAGES = ("pretrain", "extend", "sft", "grpo", "distill")
 PRESET = "tiny"
 # What each stage has of the minutes, relative to the others that run.
-_SHARES = {"pretrain": 50, "extend": 14, "sft": 20, "grpo": 14, "distill": 2}
+_SHARES = {"pretrain": 48, "extend": 13, "sft": 24, "grpo": 13, "distill": 2}
 _PHASES = (0.65, 0.35)  # of the extension's
 # Records; every other solution comes without its reasoning.
 _WORKED, _CHATS = 8000, 300

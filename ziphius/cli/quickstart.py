@@ -41,7 +41,7 @@ def quickstart(
     ] = Path("runs/quickstart"),
     minutes: Annotated[
         float, typer.Option(min=0.01, help="How long to train; every stage has its share.")
-    ] = 10.0,
+    ] = 10.5,
     steps: Annotated[
         int | None,
         typer.Option(min=2, help="Steps of pre-training, in place of minutes; others make fewer."),
