@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import ziphius
+from tests.cli.launch import flags
 from tests.cli.verbs import letters, metrics, refusal, settings, ziphius_exits
-from tests.training.support import write_text
+from tests.training.support import overrides, write_text
 from ziphius.cli.miniature import Miniature, seconds_of
 from ziphius.config.recipe import dump_recipe, load_recipe
 from ziphius.data.tokenizer import train_tokenizer
@@ -120,6 +121,33 @@ def test_quickstart_goes_through_every_stage(
         out / "distill" / "checkpoint" / weights
     ).read_bytes()
     assert ziphius.load(out).config.rope_scaling is not None
+
+
+def test_quickstart_reads_text_of_its_own(
+    tmp_path: Path,
+    kernel_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where none is named: the library, and what teaches to look back, until the last phase."""
+    monkeypatch.setattr("ziphius.cli.mixture._CHARACTERS", 100_000)
+    out = tmp_path / "quickstart"
+    more = (
+        *("extend.lengths=[512, 640]", "extend.batch_sizes=[1, 1]", "model.vocab_size=1000"),
+        *("tokenizer.vocab_size=1000", f"run.cache={kernel_folder}", "run.kernels=torch"),
+    )
+    given = [value for value in overrides(tmp_path, *more) if not value.startswith("data.source")]
+    arguments = ["quickstart", "--until", "extend", "--out", str(out), "--steps", "2"]
+    assert ziphius_exits(*arguments, *flags(given)) == 0, capsys.readouterr().err
+    names = ["plain", "tasks", "copies", "dense", "spread"]
+    for folder, others in ((out, names), (out / "extend", [*names[2:], "long"])):
+        read = load_recipe(str(folder / "recipe.toml")).data.sources
+        found = {Path(source.path).name.split("-")[0] for source in read}
+        assert found == {"stdlib", *others}
+    assert len(metrics(out)) == 2
+    summary = json.loads((out / "summary.json").read_text("utf-8"))
+    assert summary["heldout_packages"]
+    assert summary["ngram_bpb"] > 0
 
 
 @pytest.mark.parametrize(
