@@ -16,14 +16,12 @@ from ziphius.config.data import SourceConfig
 from ziphius.config.recipe import load_recipe
 from ziphius.training.loop import never_stopping
 
-said: list[str] = []
-
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     cache = tmp_path_factory.mktemp("cache")
     by_hand = [f"run.cache={cache}", "extend.lengths=[512, 1024]"]
-    return mixture(PRESET, by_hand, said.append)
+    return mixture(PRESET, by_hand, print)
 
 
 def sources(settings: Sequence[str]) -> dict[str, SourceConfig]:
@@ -65,7 +63,7 @@ def test_what_is_generated_is_not_held_out(generated: Mixture) -> None:
 def test_what_is_set_by_hand_stands(words: Path, tmp_path: Path) -> None:
     by_hand = ["model.rope_theta=10000", "data.deduplicate=none", "run.validate_bytes=5000"]
     by_hand += [f"run.cache={tmp_path}", "extend.lengths=[512, 1024]"]
-    made = mixture(PRESET, by_hand, said.append)
+    made = mixture(PRESET, by_hand, print)
     for settings in (made.settings, [*made.settings, *made.extension]):
         found = load_recipe(PRESET, settings)
         assert found.model.rope_theta == 10000
@@ -73,11 +71,11 @@ def test_what_is_set_by_hand_stands(words: Path, tmp_path: Path) -> None:
         assert found.data.deduplicate == "none"
         assert found.run.validate_bytes == 5000
     by_hand = [f"data.source={words}"]
-    assert mixture(PRESET, by_hand, said.append) == Mixture(tuple(by_hand))
+    assert mixture(PRESET, by_hand, print) == Mixture(tuple(by_hand))
 
 
 def test_only_the_extension_reads_what_it_alone_needs(generated: Mixture, tmp_path: Path) -> None:
-    display: Any = SimpleNamespace(say=said.append)
+    display: Any = SimpleNamespace(say=print)
     work = Miniature(
         tmp_path, generated.settings, {}, None, display, never_stopping, generated.extension
     )
@@ -94,4 +92,16 @@ def test_its_tokenizer_spells_what_is_generated(generated: Mixture) -> None:
     assert path is not None
     vocabulary = json.loads(Path(path).read_text("utf-8"))["model"]["vocab"]
     assert "ĠRemember" in vocabulary or "Remember" in vocabulary
-    assert not any('{"text' in token or token.startswith("\\\\n") for token in vocabulary)
+    assert not any('{"' in token and "text" in token for token in vocabulary)
+    assert "\\nRemember" not in vocabulary
+
+
+@pytest.mark.parametrize("by_hand", [["pretrain.sequence_length=2"], ["extend.lengths=[2, 3]"]])
+def test_rows_may_be_as_short_as_somebody_likes(
+    by_hand: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder of any name, too."""
+    monkeypatch.setattr("ziphius.cli.mixture._CHARACTERS", 20_000)
+    cache = tmp_path / 'a "b" \\ c'
+    made = mixture(PRESET, [*by_hand, f"run.cache='{cache}'"], print)
+    assert all(Path(s.path).is_file() for s in sources(made.settings).values() if not s.holdout)

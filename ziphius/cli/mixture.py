@@ -46,6 +46,7 @@ _EXTENDED = {
     "long": Part(0.45),
 }
 _CHARACTERS = 2_000_000  # of each at most, and three times as many of what is read alone
+_SHORTEST = 200  # characters: about as many as the fewest facts take
 _ALIKE = 0.7  # of the copies, are of one kind of words
 _SPELLED = ("dense",)  # besides the library the tokenizer is trained on
 # What is said twice has to be told from its neighbours: documents do not see each other, and most
@@ -113,8 +114,8 @@ def _documents(recipe: Recipe, texts: Sequence[str]) -> Iterator[tuple[str, Iter
     assert recipe.distill is not None, "the preset has the table"
     seed = recipe.run.seed
     tasks = mixture_of(recipe.distill.tasks, "distill.tasks")
-    row = 3 * recipe.pretrain.sequence_length  # characters
-    longest = 3 * max(recipe.extend.lengths) if recipe.extend else row
+    row = max(_SHORTEST, 3 * recipe.pretrain.sequence_length)  # characters
+    longest = max(row, 3 * max(recipe.extend.lengths) if recipe.extend else 0)
 
     def facts(
         number: int, low: int, high: int, told: tuple[float, float], **more: int
@@ -136,11 +137,13 @@ def _documents(recipe: Recipe, texts: Sequence[str]) -> Iterator[tuple[str, Iter
 
 
 def _sources(files: Mapping[str, Path], parts: Mapping[str, Part]) -> str:
+    import json
+
     entries = []
     for name, part in parts.items():
-        path, held = files.get(name, name), str(name == _LIBRARY).lower()
+        path, held = json.dumps(str(files.get(name, name))), json.dumps(name == _LIBRARY)
         read = f'weight = {part.share}, begin = "{part.begin}", end = "{part.end}"'
-        entries.append(f'{{path = "{path}", holdout = {held}, {read}}}')
+        entries.append(f"{{path = {path}, holdout = {held}, {read}}}")
     return f"data.sources=[{', '.join(entries)}]"
 
 
