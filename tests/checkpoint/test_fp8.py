@@ -63,7 +63,8 @@ def test_dequantize_multiplies_as_a_float64_loop_does(dtype: torch.dtype) -> Non
 @given(rows=st.integers(1, 290), columns=st.integers(1, 290), seed=st.integers(0, 100))
 def test_dequantize_handles_every_ragged_shape(rows: int, columns: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    q = (100 * torch.randn(rows, columns, generator=generator)).to(E4M3)
+    # Within E4M3's range: torch before 2.13 makes NaN of what is beyond, which equals nothing.
+    q = (100 * torch.randn(rows, columns, generator=generator)).clamp(-448, 448).to(E4M3)
     scale = torch.rand(-(-rows // 128), -(-columns // 128), generator=generator)
     result = dequantize_blocks(q, scale, torch.float64)
     assert torch.equal(result, slow_dequantize(q, scale))

@@ -195,8 +195,9 @@ def split_of(model: Transformer) -> SplitOf:
 
 @torch.no_grad()
 def local(x: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, or all of one that is not spread."""
-    return x.to_local() if isinstance(x, DTensor) else x.detach()
+    """Return a view of this rank's part of a tensor, or of all of one that is not spread."""
+    own = x.to_local() if isinstance(x, DTensor) else x
+    return own.detach()  # torch 2.11 gives what the DTensor itself holds
 
 
 def experts_of(model: Transformer) -> Iterator[nn.Parameter]:

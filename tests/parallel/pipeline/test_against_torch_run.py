@@ -33,6 +33,8 @@ THEIRS: dict[str, Any] = {
     "zbv": pipelining.ScheduleZBVZeroBubble,
     "dualpipev": pipelining.ScheduleDualPipeV,
 }
+# Those whose backward passes are cut in two.
+CUT = ("zb1p", "zbv", "dualpipev")
 SETTINGS = PretrainConfig(
     steps=1, batch_size=1, micro_batch_size=1, sequence_length=T, learning_rate=1e-2,
     final_learning_rate=1e-3, balance_loss_weight=0.0,
@@ -112,6 +114,8 @@ def compared(case: Case) -> tuple[int, float, float, float]:
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_gradients_are_those_of_torchs_runtime(pool: Pool, name: str) -> None:
+    if name in CUT and torch.__version__.startswith("2.11."):
+        pytest.skip("torch 2.11's own runtime fails on functions that have a backward of their own")
     case = Case(name, 2, MICRO_BATCHES, mtp=0)
     found = pool.run(2, compared, case)
     for number, apart, ours, theirs in found:
