@@ -107,6 +107,8 @@ def test_quickstart_goes_through_every_stage(
     assert ziphius_exits(*arguments) == 0, capsys.readouterr().err
     stages = json.loads((out / "summary.json").read_text("utf-8"))["stages"]
     assert list(stages) == ["pretrain", "extend", "sft", "grpo", "distill"]
+    assert stages["extend"]["steps"] == 2, "one of each phase"
+    assert stages["extend"]["tokens"] == 2 * 64 + 160, "rows of both"
     assert (out / "needle.json").is_file()
     for name in ("sft", "grpo", "distill"):
         assert stages[name]["accuracy"].keys() == {"reversal", "gcd"}

@@ -116,7 +116,17 @@ class Miniature:
                 seconds=() if self.steps else seconds,
                 stopping=self.stopping,
             )
-        return figures_of(trained.summary) | {"needles": self._needles(trained)}
+        return figures_of(self._both(trained)) | {"needles": self._needles(trained)}
+
+    def _both(self, trained: Trained) -> dict[str, Any]:
+        """Return the summary of both phases together: the last one's, with sums."""
+        import json
+
+        file = self.folder("extend") / "phase-1" / "summary.json"
+        first, last = json.loads(file.read_text("utf-8")), trained.summary
+        sums = {name: first[name] + last[name] for name in ("train_seconds", "steps", "tokens")}
+        speed = sums["tokens"] / sums["train_seconds"]
+        return {**last, **sums, "tokens_per_s": speed}
 
     def _needles(self, trained: Trained) -> dict[str, float]:
         """Ask needles before and after; return the share that is found, by map.
