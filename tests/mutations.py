@@ -2,6 +2,7 @@
 
     python tests/mutations.py              all of them
     python tests/mutations.py --only 7     one, by its number in the table
+    python tests/mutations.py --part 2/8   every eighth of them, from the second on
     python tests/mutations.py --list       the table
 
 The table is ``mutations.toml``. Exit code 0: every mistake was noticed; 1: some were not.
@@ -196,9 +197,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the table, or a part of it; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", type=int, action="append", metavar="N", help="run number N")
+    parser.add_argument("--part", metavar="I/N", default="1/1", help="run number I of N parts")
     parser.add_argument("--list", action="store_true", help="print the table and stop")
     options = parser.parse_args(arguments)
+    part, parts = map(int, options.part.split("/"))
     table = [m for m in read_table() if options.only is None or m.number in options.only]
+    table = table[part - 1 :: parts]
     if options.list or not table:
         for m in table:
             print(f"{m.number:3} {m.name}: {m.what} ({m.file})")

@@ -12,6 +12,7 @@ import pytest
 from tests.mutations import ROOT, Mutation, main, read_table
 
 TABLE = read_table()
+PARTS = 8  # each a test of its own, so that a slow machine's time is not up in the midst of them
 NAMES = [f"{m.number}: {m.what}" for m in TABLE]
 # Points of facts 13 that have code in the package; the others are listed in the table's head.
 APPLICABLE = {*range(1, 19), 25, 26, 29}
@@ -59,10 +60,19 @@ def test_the_table_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "100000"]) == 1
 
 
+def test_the_parts_are_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    for part in range(1, PARTS + 1):
+        assert main(["--list", "--part", f"{part}/{PARTS}"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(TABLE)
+
+
 @pytest.mark.timeout(600)
-def test_no_mutant_survives() -> None:
+@pytest.mark.parametrize("part", range(1, PARTS + 1))
+def test_no_mutant_survives(part: int) -> None:
+    table = str(ROOT / "tests" / "mutations.py")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "mutations.py")], capture_output=True, text=True
+        [sys.executable, table, "--part", f"{part}/{PARTS}"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert f"{len(TABLE)} mutations" in done.stdout
+    mutations = len(TABLE[part - 1 :: PARTS])
+    assert f"{mutations} mutations" in done.stdout

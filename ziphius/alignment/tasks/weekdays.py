@@ -67,9 +67,19 @@ class Weekdays(LeveledTask):
 
     def _walk(self, start: int, days: int, sign: int = 1) -> list[str]:
         """Leave whole weeks out, then name the days one by one."""
-        rest = days % 7
-        passed = [DAYS[(start + sign * i) % 7] for i in range(rest + 1)]
-        return [f"{self.spell(days)} mod 7 = {rest}", ", ".join(passed)]
+        passed = [DAYS[(start + sign * i) % 7] for i in range(days % 7 + 1)]
+        return [", ".join(self._without_weeks(days)), ", ".join(passed)]
+
+    def _without_weeks(self, days: int) -> list[str]:
+        """Divide by seven place by place, as one does by heart: 45 is 40 and 5."""
+        digits = str(days)
+        powers = range(len(digits) - 1, 0, -1)
+        places = [int(digit) * 10**power for digit, power in zip(digits, powers, strict=False)]
+        parts = [*(place % 7 for place in places), int(digits[-1])]
+        steps = [f"{self.spell(n)} mod 7 = {n % 7}" for n in places]
+        if places:
+            steps.append(f"{' + '.join(map(str, parts))} = {self.spell(sum(parts))}")
+        return [*steps, f"{self.spell(sum(parts))} mod 7 = {days % 7}"]
 
     def _within_a_year(self, random: Random) -> Problem:
         year = random.randrange(1900, 2100)
