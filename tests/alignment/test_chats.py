@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ziphius.alignment.chats import docstring_chats
+from ziphius.alignment.chats import dialogues, docstring_chats
 from ziphius.data.documents import Document
 
 MODULE = '''
@@ -48,3 +48,22 @@ def test_a_seed_draws_as_many_as_are_wanted() -> None:
     assert len(docstring_chats(documents(), 1, seed=3)) == 1
     assert docstring_chats(documents(), 9, seed=3) == docstring_chats(documents(), 9, seed=3)
     assert docstring_chats([], 9, seed=3) == []
+
+
+def test_a_dialogue_is_whole_records_one_after_another() -> None:
+    records = [
+        {"messages": [{"role": role, "content": f"{role} {n}"} for role in ("user", "assistant")]}
+        for n in range(5)
+    ]
+    made = dialogues(records, 40, seed=1)
+    assert {len(record["messages"]) for record in made} == {4, 6}
+    for record in made:
+        turns = record["messages"]
+        pairs = [{"messages": turns[at : at + 2]} for at in range(0, len(turns), 2)]
+        assert all(pair in records for pair in pairs)
+        assert len({turn["content"] for turn in turns}) == len(turns)  # no record twice
+    assert made == dialogues(records, 40, seed=1) != dialogues(records, 40, seed=2)
+
+
+def test_too_few_records_make_no_dialogue() -> None:
+    assert dialogues([{"messages": []}] * 2, 40, seed=1) == []

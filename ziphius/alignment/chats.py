@@ -1,12 +1,12 @@
-"""Conversations made of documented Python: what a function is for, as its own docstring says.
+"""Conversations for a small model's first chats where no others are at hand.
 
-For a small model's first chats where no others are at hand.
+What a function is for, as its own docstring says; and several questions one after another.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -18,6 +18,7 @@ _QUESTIONS = (
     "Explain {name} of {module}.",
 )
 _LONGEST = 120  # characters of an answer: one sentence
+_TURNS = (2, 3)
 
 
 def docstring_chats(
@@ -47,6 +48,19 @@ def docstring_chats(
         }
         for module, name, line in found[:count]
     ]
+
+
+def dialogues(records: Sequence[dict[str, Any]], count: int, *, seed: int) -> list[dict[str, Any]]:
+    """Return ``count`` records, each of two or three of the given ones told one after another.
+
+    Who has only seen first questions answers no second one: earlier answers, without their
+    reasoning, are before it. Fewer records than turns give none.
+    """
+    random = Random(f"dialogues/{seed}")
+    if len(records) < max(_TURNS):
+        return []
+    drawn = [random.sample(records, random.choice(_TURNS)) for _ in range(count)]
+    return [{"messages": [m for record in some for m in record["messages"]]} for some in drawn]
 
 
 def _documented(text: str) -> Iterator[tuple[str, str]]:

@@ -39,6 +39,7 @@ _SHARES = {"pretrain": 48, "extend": 13, "sft": 24, "grpo": 13, "distill": 2}
 _PHASES = (0.65, 0.35)  # of the extension's
 # Records; every other solution comes without its reasoning.
 _WORKED, _CHATS = 8000, 300
+_DIALOGUES = 0.1  # of as many as there are records: some of them, one after another
 # So many test problems of a task are asked once each after every stage, as the policy samples.
 _PROBLEMS, _TEMPERATURE = 100, 1.0
 _NEEDLES, _POSITION_BYTES = 1, 120_000  # of a cell; of text whose loss is told by position
@@ -170,9 +171,9 @@ class Miniature:
         for record in worked[::2]:
             record["messages"][-1]["reasoning_content"] = ""  # rewards are to find what it is for
         chats = docstring_chats(documents, _CHATS, seed=self._run().seed)
-        for name, records in (("sft", worked), ("chats", chats)):
-            write_records(records, self.records(name))
-        return self.train("sft", "extend", fine_tuning, self._source("sft", "sft", "chats"))
+        write_records(chats, self.records("chats"))
+        self._write("sft", worked)
+        return self.train("sft", "extend", fine_tuning, self._source("sft", "sft"))
 
     def _grpo(self) -> dict[str, Any]:
         from ziphius.alignment.reinforce import learning_from_rewards
@@ -181,16 +182,15 @@ class Miniature:
 
     def _distill(self) -> dict[str, Any]:
         from ziphius.alignment.distill import distilling
-        from ziphius.alignment.reject import write_records
         from ziphius.alignment.teachers import CheckpointTeacher
 
         config = self._asked()
         self.display.say(f"asking the expert {config.problems} problems, {config.tries} times each")
         teacher = CheckpointTeacher(self.folder("grpo"), config, self._run())
         kept, rejected = self._rejected(teacher, config)
-        write_records(kept, self.records("distill"))
+        self._write("distill", kept)
         # Where the expert answers nothing rightly, what it has learned from is learned again.
-        source = self._source("distill", "distill" if kept else "sft", "chats")
+        source = self._source("distill", "distill" if kept else "sft")
         figures = self.train("distill", "sft", partial(distilling, teacher=None), source)
         return figures | {"kept": len(kept), "rejected": rejected}
 
@@ -266,12 +266,21 @@ class Miniature:
         own = self.extension if stage == "extend" else ()
         return load_recipe(PRESET, [*self.settings, *own, *settings, *length])
 
-    def _source(self, stage: str, *names: str) -> str:
+    def _write(self, name: str, records: Sequence[dict[str, Any]]) -> None:
+        from ziphius.alignment.chats import dialogues
+        from ziphius.alignment.reject import write_records
+
+        talks = dialogues(records, round(_DIALOGUES * len(records)), seed=self._run().seed)
+        write_records(records, self.records(name))
+        write_records(talks, self.records(f"{name}-dialogues"))
+
+    def _source(self, stage: str, name: str) -> str:
+        names = (name, f"{name}-dialogues", "chats")
         files = [str(path) for path in map(self.records, names) if path.stat().st_size]
         return f"{stage}.source={','.join(files)}"
 
-    def records(self, stage: str) -> Path:
-        """Return the file of the conversations that a stage learns."""
+    def records(self, name: str) -> Path:
+        """Return the file of some conversations that are learned."""
         folder = self.out / "records"
         folder.mkdir(exist_ok=True)
-        return folder / f"{stage}.jsonl"
+        return folder / f"{name}.jsonl"
