@@ -117,6 +117,13 @@ def test_quickstart_goes_through_every_stage(
     assert "right answers to test problems" in capsys.readouterr().out
     assert stages["extend"]["needles"].keys() == {"before", "after", "without YaRN"}
     assert "Stage by stage" in (out / "report.html").read_text("utf-8")
+    # Second and third questions are learned too.
+    for name in ("sft", "distill"):
+        recipe = load_recipe(str(out / name / "recipe.toml"))
+        learned = (recipe.sft if name == "sft" else recipe.distill).source.split(",")
+        (talks,) = (Path(file) for file in learned if file.endswith("-dialogues.jsonl"))
+        records = list(map(json.loads, talks.read_text("utf-8").splitlines()))
+        assert {len(record["messages"]) for record in records} == {4, 6}
     # What is opened is the final model.
     weights = "model.safetensors"
     assert (out / "checkpoint" / weights).read_bytes() == (
