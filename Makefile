@@ -9,6 +9,10 @@ TORCH := torch>=2.11,<2.14
 # Where PyTorch keeps the builds without CUDA; pip goes on without it where it cannot be reached.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
+# Compiled modules are kept, whatever the machine says: the suite starts a thousand processes, and each
+# would compile the package anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: run setup test test-gpu test-chaos test-clients test-trl test-setup lint mutations bench clean
 
 run: setup
