@@ -207,14 +207,22 @@ def _show(outcome: Outcome) -> None:
     print(f"{verdict:5} {outcome.seconds:5.1f} s {label}\n{'':14} {test}", flush=True)
 
 
+def _part(text: str) -> tuple[int, int]:
+    part, parts = map(int, text.split("/"))
+    if not 1 <= part <= parts:
+        raise ValueError(text)
+    return part, parts
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the table, or a part of it; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", type=int, action="append", metavar="N", help="run number N")
-    parser.add_argument("--part", metavar="I/N", default="1/1", help="run number I of N parts")
+    whole = (1, 1)
+    parser.add_argument("--part", type=_part, metavar="I/N", default=whole, help="part I of N")
     parser.add_argument("--list", action="store_true", help="print the table and stop")
     options = parser.parse_args(arguments)
-    part, parts = map(int, options.part.split("/"))
+    part, parts = options.part
     table = [m for m in read_table() if options.only is None or m.number in options.only]
     table = table[part - 1 :: parts]
     if options.list or not table:

@@ -69,7 +69,11 @@ def test_what_an_older_torch_has_not_is_left_out() -> None:
 def test_the_parts_are_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     for part in range(1, PARTS + 1):
         assert main(["--list", "--part", f"{part}/{PARTS}"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(TABLE)
+    numbers = [int(line[:3]) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(numbers) == [m.number for m in TABLE]
+    for wrong in ("8", "a/b", "0/8", "9/8"):
+        with pytest.raises(SystemExit):
+            main(["--part", wrong])
 
 
 @pytest.mark.timeout(600)

@@ -53,7 +53,7 @@ def test_an_answer_streams_and_is_drawn(talker: Visitor, scripted: TestServer) -
 
 
 def test_thinking_is_apart_and_folded(talker: Visitor, scripted: TestServer) -> None:
-    say(scripted, "Let me think.", "</think>", "Done.")
+    say(scripted, "Let me\nthink.", "</think>", "Done.")
     talker.page.get_by_role("button", name="Think first").click()
     talker.say("How?")
     assert talker.text() == "Done."
@@ -61,6 +61,7 @@ def test_thinking_is_apart_and_folded(talker: Visitor, scripted: TestServer) -> 
     expect(thoughts).to_be_hidden()
     talker.answer().locator(".thinking summary").click()
     expect(thoughts).to_have_text("Let me think.")
+    assert thoughts.inner_text() == "Let me\nthink."  # its lines are kept
 
 
 def test_stopping_ends_the_request_in_the_engine(talker: Visitor, scripted: TestServer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from calendar import monthrange
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from datetime import date, timedelta
 from random import Random
 
@@ -68,18 +68,7 @@ class Weekdays(LeveledTask):
     def _walk(self, start: int, days: int, sign: int = 1) -> list[str]:
         """Leave whole weeks out, then name the days one by one."""
         passed = [DAYS[(start + sign * i) % 7] for i in range(days % 7 + 1)]
-        return [", ".join(self._without_weeks(days)), ", ".join(passed)]
-
-    def _without_weeks(self, days: int) -> list[str]:
-        """Divide by seven place by place, as one does by heart: 45 is 40 and 5."""
-        digits = str(days)
-        powers = range(len(digits) - 1, 0, -1)
-        places = [int(digit) * 10**power for digit, power in zip(digits, powers, strict=False)]
-        parts = [*(place % 7 for place in places), int(digits[-1])]
-        steps = [f"{self.spell(n)} mod 7 = {n % 7}" for n in places]
-        if places:
-            steps.append(f"{' + '.join(map(str, parts))} = {self.spell(sum(parts))}")
-        return [*steps, f"{self.spell(sum(parts))} mod 7 = {days % 7}"]
+        return [_without_weeks(days, self.spell), ", ".join(passed)]
 
     def _within_a_year(self, random: Random) -> Problem:
         year = random.randrange(1900, 2100)
@@ -132,6 +121,18 @@ class Weekdays(LeveledTask):
         )
 
 
+def _without_weeks(days: int, spell: Callable[[int], str] = str) -> str:
+    """Divide by seven place by place, so that no step needs a large table: 45 is 40 and 5."""
+    digits = str(days)
+    powers = range(len(digits) - 1, 0, -1)
+    places = [int(digit) * 10**power for digit, power in zip(digits, powers, strict=False)]
+    parts = [*(place % 7 for place in places), int(digits[-1])]
+    steps = [f"{spell(place)} mod 7 = {place % 7}" for place in places]
+    if places:
+        steps.append(f"{' + '.join(map(str, parts))} = {spell(sum(parts))}")
+    return ", ".join([*steps, f"{spell(sum(parts))} mod 7 = {days % 7}"])
+
+
 def _since_year_one(day: date) -> list[str]:
     """Count the days since the calendar's first, a Monday, as the rule of leap years has it."""
     years = day.year - 1
@@ -145,6 +146,7 @@ def _since_year_one(day: date) -> list[str]:
         f"leap days: {fourths} - {centuries} + {fourth_centuries} = {leap}",
         f"365 * {years} + {leap} = {before}",
         f"{' + '.join(map(str, [*months, day.day]))} = {in_year}",
-        f"{before} + {in_year} = {total}, {total} mod 7 = {total % 7}",
+        f"{before} + {in_year} = {total}",
+        _without_weeks(total),
         f"1 is {DAYS[0]}",
     ]
