@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import faulthandler
 import gc
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -24,8 +23,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.forks import fork_server
+
 TASK_SECONDS = 120
-PRELOADED = ["torch", "torch.distributed", "tests.parallel.pool"]
 
 
 class Pool:
@@ -33,8 +33,7 @@ class Pool:
 
     def __init__(self, most: int = 8) -> None:
         self.most = most
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
+        self._context = fork_server()
         self._folder = tempfile.TemporaryDirectory()
         self._members: list[tuple[Any, Connection]] = []
         self._tasks = 0

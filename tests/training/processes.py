@@ -1,25 +1,16 @@
-"""Processes that start at once: forks of one that has imported everything and run nothing."""
+"""Processes that are begun, waited for, and killed."""
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 
-# One process serves all tests of a session, so it is told about all of them.
-_PRELOADED = (
-    *("pytest", "torch", "ziphius.training.run", "ziphius.report.page"),
-    *("ziphius.inference.llm", "ziphius.evaluation.baselines", "ziphius.cli.app"),
-    *("rich.progress", "rich.syntax", "rich.table", "rich.panel"),
-    *("tests.training.test_kill", "tests.cli.test_signals", "tests.cli.test_faults"),
-)
+from tests.forks import fork_server
 
 
 def start(target: Callable[..., None], *arguments: object) -> BaseProcess:
     """Start ``target``, a function of a module, in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
-    process = context.Process(target=target, args=arguments, daemon=True)
+    process = fork_server().Process(target=target, args=arguments, daemon=True)
     process.start()
     return process
 
