@@ -10,7 +10,7 @@ TORCH := torch>=2.11,<2.14
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 # Compiled modules are kept, whatever the machine says: the suite starts a thousand processes, and each
-# would compile the package anew.
+# would compile the package anew, for a quarter of a second.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: run setup test test-gpu test-chaos test-clients test-trl test-setup lint mutations bench clean
