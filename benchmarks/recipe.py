@@ -47,7 +47,7 @@ def one_seed(
         work = Miniature(out, settings, seconds, None, display, never_stopping)
         found = {stage: work.run(stage, list(text.corpus.train)) for stage in ("sft", "grpo")}
         # As often as the time allows, at a rate that has begun to fall.
-        again = (f"sft.source={work.records('sft')}", "sft.epochs=200", "sft.learning_rate=2e-3")
+        again = (work.source("sft", "sft"), "sft.epochs=200", "sft.learning_rate=2e-3")
         found["control"] = work.train("control", "sft", fine_tuning, *again)
     return {
         name: {key: value for key, value in figures.items() if key != "samples"}

@@ -173,7 +173,7 @@ class Miniature:
         chats = docstring_chats(documents, _CHATS, seed=self._run().seed)
         write_records(chats, self.records("chats"))
         self._write("sft", worked)
-        return self.train("sft", "extend", fine_tuning, self._source("sft", "sft"))
+        return self.train("sft", "extend", fine_tuning, self.source("sft", "sft"))
 
     def _grpo(self) -> dict[str, Any]:
         from ziphius.alignment.reinforce import learning_from_rewards
@@ -190,7 +190,7 @@ class Miniature:
         kept, rejected = self._rejected(teacher, config)
         self._write("distill", kept)
         # Where the expert answers nothing rightly, what it has learned from is learned again.
-        source = self._source("distill", "distill" if kept else "sft")
+        source = self.source("distill", "distill" if kept else "sft")
         figures = self.train("distill", "sft", partial(distilling, teacher=None), source)
         return figures | {"kept": len(kept), "rejected": rejected}
 
@@ -274,7 +274,8 @@ class Miniature:
         write_records(records, self.records(name))
         write_records(talks, self.records(f"{name}-dialogues"))
 
-    def _source(self, stage: str, name: str) -> str:
+    def source(self, stage: str, name: str) -> str:
+        """Return the setting by which a stage learns some records, dialogues of them and chats."""
         names = (name, f"{name}-dialogues", "chats")
         files = [str(path) for path in map(self.records, names) if path.stat().st_size]
         return f"{stage}.source={','.join(files)}"
